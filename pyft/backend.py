@@ -1,0 +1,141 @@
+"""Which implementation runs: ``reference``, ``cpu``, ``triton`` or ``cuda``; by itself (``auto``) or by name.
+
+The choice is data: ``IMPLEMENTATIONS`` says which module implements an op on a backend, ``PREFERENCE`` in which order a
+device tries them. ``auto`` takes the first that is available and ends at the reference; a backend asked for by name runs
+or it raises.
+"""
+
+import importlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from pyft.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# op -> backend -> module. lora_linear is composed of the vendor matmul and its backend's dequantization.
+IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    "quantize": {
+        "reference": "pyft.reference.quantize",
+        "cpu": "pyft.native",
+        "triton": "pyft.kernels.quantize",
+        "cuda": "pyft.native",
+    },
+    "dropout": {"reference": "pyft.reference.dropout", "cpu": "pyft.native"},
+    "lora_linear": {
+        "reference": "pyft.reference.lora_linear",
+        "cpu": "pyft.ops.lora_linear",
+        "triton": "pyft.ops.lora_linear",
+        "cuda": "pyft.ops.lora_linear",
+    },
+}
+
+# device type -> backends that can run there, best first
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+    "xpu": ("triton", "reference"),
+}
+
+
+class _Choice(threading.local):
+    """The backend chosen in this thread."""
+
+    name = "auto"
+
+
+_choice = _Choice()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every pyft op inside the block on the named backend.
+
+    ``name`` is one of "auto", "reference", "cpu", "triton", "cuda". A backward pass uses what its forward used.
+    Raises UsageError for another name, and, when an op is called, where the named backend cannot run it.
+    """
+    if name not in ("auto", *BACKENDS):
+        raise UsageError(f"backend: {name!r} is not one of auto, {', '.join(BACKENDS)}")
+    before, _choice.name = _choice.name, name
+    try:
+        yield
+    finally:
+        _choice.name = before
+
+
+def chosen() -> str:
+    """The name given to the innermost ``backend`` block of this thread, or "auto"."""
+    return _choice.name
+
+
+def select(op: str, device: "torch.device") -> str:
+    """The backend that runs ``op`` on ``device`` now."""
+    name = _choice.name
+    usable = PREFERENCE.get(device.type, ("reference",))
+    if name == "auto":
+        return next(option for option in usable if obstacle(op, option) is None)
+    if name not in usable:
+        raise UsageError(f"backend {name!r} cannot run {op} on device {device}: use one of {', '.join(usable)}")
+    reason = obstacle(op, name)
+    if reason is not None:
+        raise UsageError(f"backend {name!r} cannot run {op}: {reason}")
+    return name
+
+
+def implementation(op: str, name: str) -> ModuleType:
+    """The module that implements ``op`` on backend ``name``."""
+    return importlib.import_module(IMPLEMENTATIONS[op][name])
+
+
+def availability() -> dict[str, dict[str, str]]:
+    """For each op and backend: "yes", or the reason why not and what to do about it."""
+    return {op: {name: obstacle(op, name) or "yes" for name in BACKENDS} for op in IMPLEMENTATIONS}
+
+
+@cache
+def obstacle(op: str, name: str) -> str | None:
+    """Why ``op`` cannot run on backend ``name`` in this process, or None when it can."""
+    if name not in IMPLEMENTATIONS[op]:
+        return f"{op} has no {name} implementation"
+    return {"reference": lambda: None, "cpu": _no_cpu, "triton": _no_triton, "cuda": _no_cuda}[name]()
+
+
+def _no_cpu() -> str | None:
+    try:
+        importlib.import_module("pyft._cpu")
+    except ImportError as error:
+        return f"the extension pyft._cpu does not load ({error}); install pyft with a C++ compiler present"
+    return None
+
+
+def _no_triton() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton does not import ({error}); pip install triton"
+    import torch
+
+    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+        return "no GPU is visible to torch"
+    return None
+
+
+def _no_cuda() -> str | None:
+    try:
+        extension = importlib.import_module("pyft._cuda")
+    except ImportError as error:
+        return f"the extension pyft._cuda does not load ({error}); install pyft with nvcc on the PATH"
+    if extension.device_count() == 0:
+        return "no CUDA device is visible"
+    import torch
+
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA; install a CUDA build of torch"
+    return None

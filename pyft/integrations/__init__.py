@@ -1,0 +1,1 @@
+"""Other libraries, each through its own extension points."""

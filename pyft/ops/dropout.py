@@ -1,0 +1,87 @@
+"""Dropout from a seed: y = x * keep / (1 - p), keep a function of (seed, element index).
+
+The mask is never stored: the backward and a recomputation draw it again from the seed.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyft.backend import PREFERENCE, backend, chosen, implementation, obstacle, select
+from pyft.errors import UsageError
+from pyft.op import Op
+from pyft.reference import dropout as reference
+
+
+def draw_seed() -> Tensor:
+    """A seed from torch's CPU generator, int64 []: reproducible under torch.manual_seed and in a recomputation."""
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+
+
+def apply_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """The forward without autograd, on the best backend there is for x."""
+    # A composed op forced onto a backend that has no dropout kernel draws the same mask from the reference.
+    name = next(n for n in (*PREFERENCE.get(x.device.type, ()), "reference") if obstacle("dropout", n) is None)
+    if name == "reference" or x.dtype == torch.float64:
+        return reference.dropout(x, p, int(seed))
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    kernels = implementation("dropout", name)
+    kernels.dropout(x.contiguous(), int(seed), reference.threshold(p), 1.0 / (1.0 - p), out)
+    return out
+
+
+def _forward(x: Tensor, p: float, seed: Tensor, name: str) -> Tensor:
+    with backend(name):
+        select("dropout", x.device)  # raises where the backend asked for by name cannot run
+    return apply_dropout(x, p, seed)
+
+
+def _fake(x: Tensor, p: float, seed: Tensor, name: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[2])
+    ctx.p, ctx.name = inputs[1], inputs[3]
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    return _dropout(dy, ctx.p, ctx.saved_tensors[0], ctx.name), None, None, None
+
+
+_dropout = Op("dropout", _forward, _fake, _save, _backward)
+
+
+def dropout(x: Tensor, p: float, seed: int | Tensor | None = None) -> Tensor:
+    """Zero each element of x with probability p, divide the others by 1 - p.
+
+    Args:
+        x: any shape and floating dtype.
+        p: 0 <= p < 1.
+        seed: an integer or an int64 tensor [] on the CPU; None draws one from torch's CPU generator.
+
+    Raises:
+        UsageError: p outside [0, 1).
+
+    Source: the random words are Philox4x32-10, Salmon et al. (2011).
+    """
+    check_probability("dropout", p)
+    if p == 0.0:
+        return x
+    if chosen() == "reference":
+        return reference.dropout(x, p, int(as_seed(seed)))
+    return _dropout(x, p, as_seed(seed), chosen())
+
+
+def check_probability(op: str, p: float) -> None:
+    """Raise UsageError unless 0 <= p < 1."""
+    if not 0.0 <= p < 1.0:
+        raise UsageError(f"{op}: dropout probability {p} is outside [0, 1)")
+
+
+def as_seed(seed: int | Tensor | None) -> Tensor:
+    """The seed as an int64 tensor [] on the CPU, drawn where there is none."""
+    if seed is None:
+        return draw_seed()
+    return seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64)

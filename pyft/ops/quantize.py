@@ -1,0 +1,131 @@
+"""Quantize and dequantize a weight: checks, allocation, choice of the backend. Layout and rules: ``pyft.formats``.
+
+Not differentiable: a quantized weight is frozen, and the gradient passes through the linear that uses it.
+"""
+
+import torch
+from torch import Tensor
+
+from pyft.backend import backend, implementation, select
+from pyft.errors import UsageError
+from pyft.formats import BLOCK_SIZES, FORMATS, Format, absmax_format, code_table, midpoint_table, nested_blocks
+from pyft.quantized import QuantizedTensor
+from pyft.reference import quantize as reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def quantize(w: Tensor, format: str = "nf4", block_size: int = 64, double_quant: bool = True) -> QuantizedTensor:
+    """Quantize a weight in blocks of ``block_size`` consecutive elements.
+
+    Args:
+        w: the weight, any shape, fp32, bf16 or fp16; read, never written.
+        format: a name in ``pyft.formats.FORMATS``.
+        block_size: elements per absmax: 32, 64, ... 4096.
+        double_quant: store absmax in 8 bits, 0.127 instead of 0.5 bits per weight at block size 64.
+
+    Returns:
+        A QuantizedTensor of w's shape, dtype and device.
+
+    Raises:
+        UsageError: unknown format, dtype or block size.
+
+    Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs (2023).
+    """
+    if format not in FORMATS:
+        raise UsageError(f"quantize: format {format!r} is unknown; use one of {', '.join(FORMATS)}")
+    if block_size not in BLOCK_SIZES:
+        raise UsageError(f"quantize: block_size {block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
+    if w.dtype not in DTYPES or isinstance(w, QuantizedTensor):
+        what = "already quantized" if isinstance(w, QuantizedTensor) else f"of dtype {w.dtype}"
+        raise UsageError(f"quantize: the weight is {what}; pass a float32, bfloat16 or float16 tensor")
+    fmt = FORMATS[format]
+    name = select("quantize", w.device)
+    packed, absmax = _quantize4(w.detach(), fmt, block_size, name)
+    nested = offset = None
+    if double_quant:
+        absmax, nested, offset = _quantize_absmax(absmax, name)
+    return QuantizedTensor(packed, absmax, nested, offset, format, block_size, w.shape, w.dtype)
+
+
+@torch.no_grad()
+def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+    """Decode a quantized weight; each element is rounded once.
+
+    Args:
+        q: the quantized weight.
+        dtype: fp32, bf16 or fp16; q's own when neither it nor ``out`` is given.
+        out: where to write, of q's shape; its rows may be further apart than their length (a slice of a wider
+            scratch), its elements within a row are adjacent.
+
+    Returns:
+        ``out``, or a new tensor of q's shape.
+
+    Raises:
+        UsageError: a wrong dtype, shape or layout of ``out``.
+    """
+    dtype = dtype or (out.dtype if out is not None else q.dtype)
+    if dtype not in DTYPES:
+        raise UsageError(f"dequantize: dtype {dtype} is not one of float32, bfloat16, float16")
+    if out is None:
+        out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    elif out.dtype != dtype or out.shape != q.shape or out.device != q.device:
+        raise UsageError(
+            f"dequantize: out is {out.dtype} {tuple(out.shape)} on {out.device}; "
+            f"it must be {dtype} {tuple(q.shape)} on {q.device}"
+        )
+    rows = _as_rows(out)
+    if rows is None:
+        raise UsageError(f"dequantize: out has strides {out.stride()}; elements of a row must be adjacent")
+    dequantize_rows(q.parts(), q.format, q.block_size, (0, rows.shape[0]), rows.shape[0], rows)
+    return out
+
+
+def dequantize_rows(
+    parts: list[Tensor], fmt: Format, block_size: int, rows: tuple[int, int], total_rows: int, out: Tensor
+) -> None:
+    """Decode rows [rows[0], rows[1]) of a weight [total_rows, K] into out [rows[1] - rows[0], K], unchecked."""
+    packed, absmax, nested, offset = parts if len(parts) == 4 else (*parts, None, None)
+    assert packed is not None and absmax is not None
+    name = select("quantize", out.device)
+    if name == "reference":
+        reference.dequantize(packed, absmax, nested, offset, fmt, block_size, rows, out)
+        return
+    codes = code_table(fmt, out.device)
+    absmax_codes = code_table(absmax_format(), out.device) if nested is not None else None
+    inputs = (packed, absmax, nested, offset, codes, absmax_codes)
+    kernels = implementation("quantize", name)
+    kernels.dequantize4(*inputs, total_rows, out.shape[1], block_size, *rows, out)
+
+
+def _quantize4(w: Tensor, fmt: Format, block_size: int, name: str) -> tuple[Tensor, Tensor]:
+    if name == "reference":
+        return reference.quantize(w, fmt, block_size)
+    packed = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(-(-w.numel() // block_size), dtype=torch.float32, device=w.device)
+    kernels = implementation("quantize", name)
+    midpoints = midpoint_table(fmt, w.device)
+    kernels.quantize4(w.contiguous(), midpoints, fmt.zero_code, block_size, packed, absmax)
+    return packed, absmax
+
+
+def _quantize_absmax(absmax: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    if name == "reference":
+        return reference.quantize_absmax(absmax)
+    fmt = absmax_format()
+    offset = absmax.double().sum().div(max(absmax.numel(), 1)).float()
+    codes = torch.empty(absmax.numel(), dtype=torch.uint8, device=absmax.device)
+    nested = torch.empty(nested_blocks(absmax.numel()), dtype=torch.float32, device=absmax.device)
+    kernels = implementation("quantize", name)
+    kernels.quantize_absmax(absmax, offset, midpoint_table(fmt, absmax.device), fmt.zero_code, codes, nested)
+    return codes, nested, offset
+
+
+def _as_rows(out: Tensor) -> Tensor | None:
+    """``out`` as [rows, K] without a copy, K adjacent; None where its strides do not allow it."""
+    if out.dim() == 2 and (out.shape[1] <= 1 or out.stride(1) == 1) and out.stride(0) >= out.shape[1]:
+        return out
+    if not out.is_contiguous():
+        return None
+    return out.view(out.shape[0], -1) if out.dim() > 1 and out.numel() else out.view(1, -1)

@@ -1,0 +1,139 @@
+"""QuantizedTensor: a weight in one of the formats of ``pyft.formats``, usable wherever a frozen weight is.
+
+It is a tensor subclass that shows the weight's logical shape and dtype and holds the packed data, so a module keeps it
+in the parameter named ``weight`` and everything that walks parameters keeps working. ``F.linear`` over it runs pyft's
+linear; moving it moves the packed data; ``.to(dtype)`` changes the dtype it decodes to and no stored bit. Any other
+read-only use decodes it first; writing to it raises.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pyft.errors import UsageError
+from pyft.formats import FORMATS, Format
+
+_INNER = ("packed", "absmax", "nested", "offset")
+aten = torch.ops.aten
+
+
+class QuantizedTensor(Tensor):
+    """A quantized weight [N, K] (or any shape; rows are the first dimension).
+
+    Attributes:
+        packed: uint8 [ceil(n/2)], two codes a byte.
+        absmax: fp32 [blocks], or uint8 [blocks] when double quantization is on.
+        nested, offset: fp32 [ceil(blocks/256)] and fp32 [], or None without double quantization.
+        format: the ``pyft.formats.Format``.
+        block_size: elements per absmax.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested: Tensor | None
+    offset: Tensor | None
+    format: Format
+    block_size: int
+
+    @staticmethod
+    def __new__(
+        cls: type["QuantizedTensor"],
+        packed: Tensor,
+        absmax: Tensor,
+        nested: Tensor | None,
+        offset: Tensor | None,
+        format: str,
+        block_size: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+    ) -> "QuantizedTensor":
+        self: QuantizedTensor = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=packed.device)
+        self.packed, self.absmax, self.nested, self.offset = packed, absmax, nested, offset
+        self.format, self.block_size = FORMATS[format], block_size
+        return self
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether absmax is itself stored in 8 bits."""
+        return self.nested is not None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of everything stored: codes, absmax, nested absmax, offset."""
+        return sum(tensor.nbytes for tensor in self.parts())
+
+    def parts(self) -> list[Tensor]:
+        """The stored tensors, in the order packed, absmax, nested, offset; two or four of them."""
+        parts = (self.packed, self.absmax, self.nested, self.offset)
+        return [part for part in parts if part is not None]
+
+    def dequantize(self) -> Tensor:  # type: ignore[override]
+        """The weight as a plain tensor of this tensor's dtype."""
+        from pyft.ops.quantize import dequantize
+
+        return dequantize(self)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return (
+            f"QuantizedTensor({self.format.name}, shape={tuple(self.shape)}, dtype={self.dtype}, "
+            f"device='{self.device}', block_size={self.block_size}, double_quant={self.double_quant})"
+        )
+
+    def _replace(self, transform: Callable[[Tensor], Tensor], dtype: torch.dtype) -> "QuantizedTensor":
+        """The same weight with every stored tensor transformed."""
+        nested, offset = (None if part is None else transform(part) for part in (self.nested, self.offset))
+        stored = (transform(self.packed), transform(self.absmax), nested, offset)
+        return QuantizedTensor(*stored, self.format.name, self.block_size, self.shape, dtype)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[str, int]]:
+        names = [name for name in _INNER if getattr(self, name) is not None]
+        return names, (self.format.name, self.block_size, self.dtype)  # type: ignore[return-value]
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: Mapping[str, Tensor], context: tuple[str, int, torch.dtype], size: Sequence[int], stride: Sequence[int]
+    ) -> "QuantizedTensor":
+        format, block_size, dtype = context
+        stored = (inner["packed"], inner["absmax"], inner.get("nested"), inner.get("offset"))
+        return QuantizedTensor(*stored, format, block_size, size, dtype)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch.nn.functional.linear and isinstance(_argument(args, kwargs, 1, "weight"), cls):
+            from pyft.ops.lora_linear import lora_linear
+
+            x, weight, bias = (_argument(args, kwargs, i, name) for i, name in enumerate(("input", "weight", "bias")))
+            return lora_linear(x, weight, None, None, bias=bias)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        weight = args[0] if args else None
+        if isinstance(weight, cls):
+            if function in (aten.detach.default, aten.alias.default):
+                return weight._replace(lambda part: part, weight.dtype)
+            if function is aten.clone.default:
+                return weight._replace(torch.clone, weight.dtype)
+            if function is aten._to_copy.default:
+                device = kwargs.get("device")
+                move = torch.clone if device is None else (lambda part: part.to(device, copy=True))
+                return weight._replace(move, kwargs.get("dtype") or weight.dtype)
+            if function._schema.is_mutable:
+                raise UsageError(
+                    f"{function._schema.name} writes to a quantized weight; dequantize it first: "
+                    "w = weight.dequantize()"
+                )
+        decode = pytree.tree_map_only(cls, lambda quantized: quantized.dequantize(), (args, kwargs))
+        return function(*decode[0], **decode[1])
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any] | None, position: int, name: str) -> Any:
+    return args[position] if len(args) > position else (kwargs or {}).get(name)

@@ -1,0 +1,111 @@
+"""Builds the two native extensions: pyft._cpu always, pyft._cuda when nvcc is found.
+
+Environment, read at build time only:
+    PYFT_NO_CUDA=1           leave pyft._cuda out even if nvcc is there
+    PYFT_CUDA_ARCHS=90a      semicolon-separated targets instead of all (a trailing +PTX embeds PTX for later GPUs)
+    CUDACXX, CUDA_HOME       where to look for nvcc first
+    CXX                      the C++ compiler
+    PYFT_CXXFLAGS            flags added to every C++ file of pyft._cpu (sanitizers, for example)
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CUDA_ARCHS = "75;80;86;89;90;100;120;75+PTX;80+PTX;120+PTX"
+X86 = platform.machine() in ("x86_64", "AMD64")
+CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+ISA_FLAGS = {
+    "csrc/cpu/quantize_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    # GCC 12's own AVX-512 headers read an undefined register on purpose and are warned about once inlined.
+    "csrc/cpu/quantize_avx512.cpp": (
+        ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+        + ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    ),
+}
+LINK_FLAGS = ["-Wl,--exclude-libs,ALL", "-s"]
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler, or None."""
+    if os.environ.get("PYFT_NO_CUDA") == "1":
+        return None
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
+    candidates = (os.environ.get("CUDACXX"), str(home), shutil.which("nvcc"))
+    return next((path for path in candidates if path and os.path.exists(path)), None)
+
+
+def cuda_root(nvcc: str) -> Path:
+    """The toolkit nvcc belongs to; nvcc itself may be a wrapper script elsewhere."""
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True)
+    here = re.search(r"_HERE_=(\S+)", dry.stderr)
+    if here is None:
+        raise RuntimeError(f"{nvcc} --dryrun names no toolkit; set PYFT_NO_CUDA=1 to build without it:\n{dry.stderr}")
+    return Path(here.group(1)).parent
+
+
+def gencode(archs: str) -> list[str]:
+    """nvcc's -gencode options for a semicolon-separated list."""
+    options = []
+    for arch in archs.split(";"):
+        number, ptx = arch.removesuffix("+PTX"), arch.endswith("+PTX")
+        options += ["-gencode", f"arch=compute_{number},code={'compute' if ptx else 'sm'}_{number}"]
+    return options
+
+
+class Build(build_ext):
+    """Compiles each file of an extension with its own flags, .cu files with nvcc."""
+
+    def build_extension(self, ext: Extension) -> None:
+        ext.include_dirs.append(pybind11.get_include())
+        sources, ext.sources = ext.sources, []
+        ext.extra_objects += [self._compile(source, ext) for source in sources]
+        super().build_extension(ext)
+
+    def _compile(self, source: str, ext: Extension) -> str:
+        target = Path(self.build_temp) / ext.name / (Path(source).name + ".o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        includes = [f"-I{path}" for path in (*ext.include_dirs, *self.include_dirs)]
+        defines = [f"-D{name}={value}" for name, value in ext.define_macros]
+        if source.endswith(".cu"):
+            nvcc = find_nvcc()
+            assert nvcc is not None
+            archs = gencode(os.environ.get("PYFT_CUDA_ARCHS", CUDA_ARCHS))
+            host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static", "--threads", "2"]
+            flags = [nvcc, "-O3", "-std=c++17", "--fmad=false", *host, *archs]
+        else:
+            extra = os.environ.get("PYFT_CXXFLAGS", "").split()
+            flags = [os.environ.get("CXX", "g++"), *CXX_FLAGS, *ISA_FLAGS.get(source, []), *extra]
+        self.spawn([*flags, *defines, *includes, "-c", source, "-o", str(target)])
+        return str(target)
+
+
+def extensions() -> list[Extension]:
+    """The CPU extension, and the CUDA one where nvcc is found."""
+    cpu_sources = ["csrc/bind_cpu.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
+    if not X86:
+        cpu_sources = [source for source in cpu_sources if source not in ISA_FLAGS]
+    headers = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+    cpu = Extension("pyft._cpu", cpu_sources, language="c++", depends=headers)
+    cpu.define_macros = [("PYFT_X86", "1")] if X86 else []
+    cpu.extra_link_args = [*LINK_FLAGS, "-pthread", *os.environ.get("PYFT_CXXFLAGS", "").split()]
+    found = [cpu]
+    if nvcc := find_nvcc():
+        root = cuda_root(nvcc)
+        cuda_sources = ["csrc/bind_cuda.cpp", *sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))]
+        cuda = Extension("pyft._cuda", cuda_sources, language="c++", depends=headers)
+        cuda.include_dirs = [str(root / "include")]
+        static = next(root.rglob("libcudart_static.a"))
+        cuda.extra_link_args = [*LINK_FLAGS, str(static), "-ldl", "-lrt", "-pthread"]
+        found.append(cuda)
+    return found
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
