@@ -2,7 +2,7 @@
 
 Environment, read at build time only:
     PYFT_NO_CUDA=1           leave pyft._cuda out even if nvcc is there
-    PYFT_CUDA_ARCHS=90a      semicolon-separated targets instead of all (a trailing +PTX embeds PTX for later GPUs)
+    PYFT_CUDA_ARCHS=90a      semicolon-separated targets instead of all (+PTX embeds PTX)
     CUDACXX, CUDA_HOME       where to look for nvcc first
     CXX                      the C++ compiler
     PYFT_CXXFLAGS            flags added to every C++ file of pyft._cpu (sanitizers, for example)
@@ -21,10 +21,19 @@ from setuptools.command.build_ext import build_ext
 
 CUDA_ARCHS = "75;80;86;89;90;100;120;75+PTX;80+PTX;120+PTX"
 X86 = platform.machine() in ("x86_64", "AMD64")
-CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+CXX_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+]
 ISA_FLAGS = {
     "csrc/cpu/quantize_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    # GCC 12's own AVX-512 headers read an undefined register on purpose and are warned about once inlined.
+    # GCC 12's own AVX-512 headers read an undefined register on purpose and are warned about once
+    # inlined.
     "csrc/cpu/quantize_avx512.cpp": (
         ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
         + ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -44,10 +53,15 @@ def find_nvcc() -> str | None:
 
 def cuda_root(nvcc: str) -> Path:
     """The toolkit nvcc belongs to; nvcc itself may be a wrapper script elsewhere."""
-    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True)
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True
+    )
     here = re.search(r"_HERE_=(\S+)", dry.stderr)
     if here is None:
-        raise RuntimeError(f"{nvcc} --dryrun names no toolkit; set PYFT_NO_CUDA=1 to build without it:\n{dry.stderr}")
+        raise RuntimeError(
+            f"{nvcc} --dryrun names no toolkit; "
+            f"set PYFT_NO_CUDA=1 to build without it:\n{dry.stderr}"
+        )
     return Path(here.group(1)).parent
 
 
@@ -78,7 +92,14 @@ class Build(build_ext):
             nvcc = find_nvcc()
             assert nvcc is not None
             archs = gencode(os.environ.get("PYFT_CUDA_ARCHS", CUDA_ARCHS))
-            host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static", "--threads", "2"]
+            host = [
+                "-Xcompiler",
+                "-fPIC,-fvisibility=hidden",
+                "-cudart",
+                "static",
+                "--threads",
+                "2",
+            ]
             flags = [nvcc, "-O3", "-std=c++17", "--fmad=false", *host, *archs]
         else:
             extra = os.environ.get("PYFT_CXXFLAGS", "").split()
@@ -89,7 +110,10 @@ class Build(build_ext):
 
 def extensions() -> list[Extension]:
     """The CPU extension, and the CUDA one where nvcc is found."""
-    cpu_sources = ["csrc/bind_cpu.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
+    cpu_sources = [
+        "csrc/bind_cpu.cpp",
+        *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
+    ]
     if not X86:
         cpu_sources = [source for source in cpu_sources if source not in ISA_FLAGS]
     headers = sorted(str(path) for path in Path("csrc").rglob("*.h"))
@@ -99,7 +123,10 @@ def extensions() -> list[Extension]:
     found = [cpu]
     if nvcc := find_nvcc():
         root = cuda_root(nvcc)
-        cuda_sources = ["csrc/bind_cuda.cpp", *sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))]
+        cuda_sources = [
+            "csrc/bind_cuda.cpp",
+            *sorted(str(path) for path in Path("csrc/cuda").glob("*.cu")),
+        ]
         cuda = Extension("pyft._cuda", cuda_sources, language="c++", depends=headers)
         cuda.include_dirs = [str(root / "include")]
         static = next(root.rglob("libcudart_static.a"))

@@ -1,8 +1,9 @@
-"""Which implementation runs: ``reference``, ``cpu``, ``triton`` or ``cuda``; by itself (``auto``) or by name.
+"""Which implementation runs: ``reference``, ``cpu``, ``triton`` or ``cuda``; by itself (``auto``)
+or by name.
 
-The choice is data: ``IMPLEMENTATIONS`` says which module implements an op on a backend, ``PREFERENCE`` in which order a
-device tries them. ``auto`` takes the first that is available and ends at the reference; a backend asked for by name runs
-or it raises.
+The choice is data: ``IMPLEMENTATIONS`` says which module implements an op on a backend,
+``PREFERENCE`` in which order a device tries them. ``auto`` takes the first that is available and
+ends at the reference; a backend asked for by name runs or it raises.
 """
 
 import importlib
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# op -> backend -> module. lora_linear is composed of the vendor matmul and its backend's dequantization.
+# op -> backend -> module. lora_linear is composed of the vendor matmul and its backend's
+# dequantization.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "quantize": {
         "reference": "pyft.reference.quantize",
@@ -58,8 +60,9 @@ _choice = _Choice()
 def backend(name: str) -> Iterator[None]:
     """Run every pyft op inside the block on the named backend.
 
-    ``name`` is one of "auto", "reference", "cpu", "triton", "cuda". A backward pass uses what its forward used.
-    Raises UsageError for another name, and, when an op is called, where the named backend cannot run it.
+    ``name`` is one of "auto", "reference", "cpu", "triton", "cuda". A backward pass uses what its
+    forward used. Raises UsageError for another name, and, when an op is called, where the named
+    backend cannot run it.
     """
     if name not in ("auto", *BACKENDS):
         raise UsageError(f"backend: {name!r} is not one of auto, {', '.join(BACKENDS)}")
@@ -82,7 +85,9 @@ def select(op: str, device: "torch.device") -> str:
     if name == "auto":
         return next(option for option in usable if obstacle(op, option) is None)
     if name not in usable:
-        raise UsageError(f"backend {name!r} cannot run {op} on device {device}: use one of {', '.join(usable)}")
+        raise UsageError(
+            f"backend {name!r} cannot run {op} on device {device}: use one of {', '.join(usable)}"
+        )
     reason = obstacle(op, name)
     if reason is not None:
         raise UsageError(f"backend {name!r} cannot run {op}: {reason}")
@@ -104,14 +109,19 @@ def obstacle(op: str, name: str) -> str | None:
     """Why ``op`` cannot run on backend ``name`` in this process, or None when it can."""
     if name not in IMPLEMENTATIONS[op]:
         return f"{op} has no {name} implementation"
-    return {"reference": lambda: None, "cpu": _no_cpu, "triton": _no_triton, "cuda": _no_cuda}[name]()
+    return {"reference": lambda: None, "cpu": _no_cpu, "triton": _no_triton, "cuda": _no_cuda}[
+        name
+    ]()
 
 
 def _no_cpu() -> str | None:
     try:
         importlib.import_module("pyft._cpu")
     except ImportError as error:
-        return f"the extension pyft._cpu does not load ({error}); install pyft with a C++ compiler present"
+        return (
+            f"the extension pyft._cpu does not load ({error}); "
+            "install pyft with a C++ compiler present"
+        )
     return None
 
 
@@ -131,7 +141,9 @@ def _no_cuda() -> str | None:
     try:
         extension = importlib.import_module("pyft._cuda")
     except ImportError as error:
-        return f"the extension pyft._cuda does not load ({error}); install pyft with nvcc on the PATH"
+        return (
+            f"the extension pyft._cuda does not load ({error}); install pyft with nvcc on the PATH"
+        )
     if extension.device_count() == 0:
         return "no CUDA device is visible"
     import torch

@@ -1,4 +1,6 @@
-"""Errors pyft raises on purpose; the command line prints their message as one line and exits with their code."""
+"""Errors pyft raises on purpose; the command line prints their message as one line and exits with
+their code.
+"""
 
 
 class PyftError(Exception):
@@ -8,6 +10,8 @@ class PyftError(Exception):
 
 
 class UsageError(PyftError, ValueError):
-    """Wrong input from the user; the message is one line: what is wrong, where, what to write instead."""
+    """Wrong input from the user; the message is one line: what is wrong, where, what to write
+    instead.
+    """
 
     exit_code = 2

@@ -3,16 +3,17 @@
 A 4-bit format stores a weight of shape [N, K] as n = N*K codes, flattened row by row:
 
     packed   uint8 [ceil(n/2)]         two codes a byte, the first element in the high nibble
-    absmax   fp32  [ceil(n/block)]     largest magnitude of each block of ``block_size`` consecutive elements
+    absmax   fp32  [ceil(n/block)]     largest magnitude of each block of consecutive elements
 
-    encode   code = number of midpoints strictly below x / absmax   (0 for NaN; ``zero_code`` in an all-zero block)
+    encode   code = number of midpoints strictly below x / absmax; 0 for NaN, ``zero_code`` in an
+             all-zero block
     decode   x = fp32(codes[code]) * fp32(absmax), rounded once to the output's dtype
 
-With double quantization absmax itself is stored in 8 bits: its mean ``offset`` is taken off and blocks of
-``NESTED_BLOCK`` values are coded in the same way with the signed dynamic map.
+With double quantization absmax itself is stored in 8 bits: its mean ``offset`` is taken off and
+blocks of ``NESTED_BLOCK`` values are coded in the same way with the signed dynamic map.
 
-Sources: NF4 and double quantization, Dettmers et al., QLoRA (2023); the dynamic map, Dettmers, 8-Bit Approximations for
-Parallelism in Deep Learning (2015).
+Sources: NF4 and double quantization, Dettmers et al., QLoRA (2023); the dynamic map, Dettmers,
+8-Bit Approximations for Parallelism in Deep Learning (2015).
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 @dataclass(frozen=True)
 class Format:
-    """One quantized format: ``codes`` in ascending order, ``zero_code`` the index of the code that is 0."""
+    """One quantized format: ascending ``codes``; ``zero_code`` is the index of the code 0."""
 
     name: str
     bits: int
@@ -62,10 +63,19 @@ NF4 = Format(
 
 
 def _signed_dynamic_map() -> tuple[float, ...]:
-    """256 ascending codes in [-1, 1]: decades 1e-6 .. 1, each with twice the fractions of the one below."""
+    """256 ascending codes in [-1, 1]: decades 1e-6 .. 1, each with twice the fractions of the last.
+
+    Each edge is exact in fp64 and rounded once: torch.linspace itself gives other bits on a CPU
+    without fused multiply-add.
+    """
     codes = [0.0, 1.0]
+    first = torch.tensor(0.1)
     for decade in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32)
+        steps = 2**decade
+        step, i = ((1 - first) / steps).double(), torch.arange(steps + 1, dtype=torch.float64)
+        edges = torch.where(
+            i < (steps + 1) // 2, first.double() + step * i, 1 - step * (steps - i)
+        ).float()
         fractions = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
         codes += fractions.tolist() + (-fractions).tolist()
     return tuple(sorted(codes))

@@ -1,4 +1,6 @@
-"""The native extensions on tensors: pointers, the current stream, the device guard. No checks of user input here."""
+"""The native extensions on tensors: pointers, the current stream, the device guard. No checks of
+user input here.
+"""
 
 import importlib
 import os
@@ -23,7 +25,9 @@ def _cuda() -> ModuleType:
 
 
 def isa() -> int:
-    """The instruction set of CPU kernels: the best there is, or what PYFT_CPU_ISA names at the time of the call."""
+    """The instruction set of CPU kernels: the best there is, or what PYFT_CPU_ISA names at the time
+    of the call.
+    """
     name = os.environ.get("PYFT_CPU_ISA")
     best: int = _cpu().best_isa()
     if not name:
@@ -44,7 +48,9 @@ def _guard(tensor: Tensor) -> torch.cuda.device | nullcontext[None]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def _launch(function: str, on: Tensor, arguments: tuple[object, ...], cpu_only: tuple[object, ...]) -> None:
+def _launch(
+    function: str, on: Tensor, arguments: tuple[object, ...], cpu_only: tuple[object, ...]
+) -> None:
     """Call a kernel of the extension that serves ``on``'s device: CUDA ones end with a stream."""
     if not on.is_cuda:
         getattr(_cpu(), function)(*arguments, *cpu_only)
@@ -54,10 +60,20 @@ def _launch(function: str, on: Tensor, arguments: tuple[object, ...], cpu_only: 
         getattr(_cuda(), function)(*arguments, stream)
 
 
-def quantize4(x: Tensor, midpoints: Tensor, zero_code: int, block_size: int, packed: Tensor, absmax: Tensor) -> None:
+def quantize4(
+    x: Tensor, midpoints: Tensor, zero_code: int, block_size: int, packed: Tensor, absmax: Tensor
+) -> None:
     """Contiguous x [n] -> packed uint8 [ceil(n/2)], absmax fp32 [ceil(n/block_size)]."""
     outputs = (packed.data_ptr(), absmax.data_ptr())
-    arguments = (x.data_ptr(), DTYPES[x.dtype], x.numel(), block_size, midpoints.data_ptr(), zero_code, *outputs)
+    arguments = (
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        x.numel(),
+        block_size,
+        midpoints.data_ptr(),
+        zero_code,
+        *outputs,
+    )
     _launch("quantize4", x, arguments, () if x.is_cuda else (isa(), torch.get_num_threads()))
 
 
@@ -83,8 +99,12 @@ def dequantize4(
     row_end: int,
     out: Tensor,
 ) -> None:
-    """Rows [row_begin, row_end) of a [rows, cols] weight -> out [row_end - row_begin, cols], of any row stride."""
-    inputs = tuple(_address(tensor) for tensor in (packed, absmax, nested, offset, codes, absmax_codes))
+    """Rows [row_begin, row_end) of a [rows, cols] weight -> out [row_end - row_begin, cols], of any
+    row stride.
+    """
+    inputs = tuple(
+        _address(tensor) for tensor in (packed, absmax, nested, offset, codes, absmax_codes)
+    )
     output = (out.data_ptr(), out.stride(0), DTYPES[out.dtype])
     arguments = (*inputs, rows, cols, block_size, row_begin, row_end, *output)
     _launch("dequantize4", out, arguments, () if out.is_cuda else (isa(), torch.get_num_threads()))
@@ -92,5 +112,6 @@ def dequantize4(
 
 def dropout(x: Tensor, seed: int, threshold: int, scale: float, out: Tensor) -> None:
     """Contiguous x of any shape -> out of the same shape and dtype."""
-    arguments = (x.data_ptr(), DTYPES[x.dtype], x.numel(), seed, threshold, scale, out.data_ptr())
+    key = seed & 0xFFFF_FFFF_FFFF_FFFF
+    arguments = (x.data_ptr(), DTYPES[x.dtype], x.numel(), key, threshold, scale, out.data_ptr())
     _launch("dropout", x, arguments, (torch.get_num_threads(),))

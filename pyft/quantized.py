@@ -1,9 +1,11 @@
-"""QuantizedTensor: a weight in one of the formats of ``pyft.formats``, usable wherever a frozen weight is.
+"""QuantizedTensor: a weight in one of the formats of ``pyft.formats``, usable wherever a frozen
+weight is.
 
-It is a tensor subclass that shows the weight's logical shape and dtype and holds the packed data, so a module keeps it
-in the parameter named ``weight`` and everything that walks parameters keeps working. ``F.linear`` over it runs pyft's
-linear; moving it moves the packed data; ``.to(dtype)`` changes the dtype it decodes to and no stored bit. Any other
-read-only use decodes it first; writing to it raises.
+It is a tensor subclass that shows the weight's logical shape and dtype and holds the packed data,
+so a module keeps it in the parameter named ``weight`` and everything that walks parameters keeps
+working. ``F.linear`` over it runs pyft's linear; moving it moves the packed data; ``.to(dtype)``
+changes the dtype it decodes to and no stored bit. Any other read-only use decodes it first; writing
+to it raises.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +19,12 @@ from pyft.errors import UsageError
 from pyft.formats import FORMATS, Format
 
 _INNER = ("packed", "absmax", "nested", "offset")
+_LABELS = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+)  # dtypes a quantized weight can stand for
 aten = torch.ops.aten
 
 
@@ -50,7 +58,9 @@ class QuantizedTensor(Tensor):
         shape: Sequence[int],
         dtype: torch.dtype,
     ) -> "QuantizedTensor":
-        self: QuantizedTensor = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=packed.device)
+        self: QuantizedTensor = Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=dtype, device=packed.device
+        )
         self.packed, self.absmax, self.nested, self.offset = packed, absmax, nested, offset
         self.format, self.block_size = FORMATS[format], block_size
         return self
@@ -74,17 +84,24 @@ class QuantizedTensor(Tensor):
         """The weight as a plain tensor of this tensor's dtype."""
         from pyft.ops.quantize import dequantize
 
+        if self.dtype == torch.float64:
+            return dequantize(self, torch.float32).double()
         return dequantize(self)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return (
             f"QuantizedTensor({self.format.name}, shape={tuple(self.shape)}, dtype={self.dtype}, "
-            f"device='{self.device}', block_size={self.block_size}, double_quant={self.double_quant})"
+            f"device='{self.device}', block_size={self.block_size}, "
+            f"double_quant={self.double_quant})"
         )
 
-    def _replace(self, transform: Callable[[Tensor], Tensor], dtype: torch.dtype) -> "QuantizedTensor":
+    def _replace(
+        self, transform: Callable[[Tensor], Tensor], dtype: torch.dtype
+    ) -> "QuantizedTensor":
         """The same weight with every stored tensor transformed."""
-        nested, offset = (None if part is None else transform(part) for part in (self.nested, self.offset))
+        nested, offset = (
+            None if part is None else transform(part) for part in (self.nested, self.offset)
+        )
         stored = (transform(self.packed), transform(self.absmax), nested, offset)
         return QuantizedTensor(*stored, self.format.name, self.block_size, self.shape, dtype)
 
@@ -94,7 +111,10 @@ class QuantizedTensor(Tensor):
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: Mapping[str, Tensor], context: tuple[str, int, torch.dtype], size: Sequence[int], stride: Sequence[int]
+        inner: Mapping[str, Tensor],
+        context: tuple[str, int, torch.dtype],
+        size: Sequence[int],
+        stride: Sequence[int],
     ) -> "QuantizedTensor":
         format, block_size, dtype = context
         stored = (inner["packed"], inner["absmax"], inner.get("nested"), inner.get("offset"))
@@ -102,18 +122,36 @@ class QuantizedTensor(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if function is torch.nn.functional.linear and isinstance(_argument(args, kwargs, 1, "weight"), cls):
+        if function is torch.nn.functional.linear and isinstance(
+            _argument(args, kwargs, 1, "weight"), cls
+        ):
             from pyft.ops.lora_linear import lora_linear
 
-            x, weight, bias = (_argument(args, kwargs, i, name) for i, name in enumerate(("input", "weight", "bias")))
+            x, weight, bias = (
+                _argument(args, kwargs, i, name)
+                for i, name in enumerate(("input", "weight", "bias"))
+            )
             return lora_linear(x, weight, None, None, bias=bias)
-        return super().__torch_function__(function, types, args, kwargs or {})
+        if function is Tensor.__setitem__ and isinstance(args[0], cls):
+            raise UsageError(
+                _written("item assignment")
+            )  # its select would decode, and the write would be lost
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         weight = args[0] if args else None
@@ -122,18 +160,35 @@ class QuantizedTensor(Tensor):
                 return weight._replace(lambda part: part, weight.dtype)
             if function is aten.clone.default:
                 return weight._replace(torch.clone, weight.dtype)
-            if function is aten._to_copy.default:
+            if (
+                function is aten._to_copy.default
+                and (kwargs.get("dtype") or weight.dtype) in _LABELS
+            ):
                 device = kwargs.get("device")
                 move = torch.clone if device is None else (lambda part: part.to(device, copy=True))
                 return weight._replace(move, kwargs.get("dtype") or weight.dtype)
-            if function._schema.is_mutable:
-                raise UsageError(
-                    f"{function._schema.name} writes to a quantized weight; dequantize it first: "
-                    "w = weight.dequantize()"
-                )
+        if function._schema.is_mutable and any(
+            isinstance(leaf, cls) for leaf in _outputs(function, args, kwargs)
+        ):
+            raise UsageError(_written(function._schema.name))
         decode = pytree.tree_map_only(cls, lambda quantized: quantized.dequantize(), (args, kwargs))
         return function(*decode[0], **decode[1])
 
 
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any] | None, position: int, name: str) -> Any:
+def _outputs(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """What ``function`` writes to, by its schema."""
+    written = []
+    for position, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written.append(_argument(args, kwargs, position, argument.name))
+    return pytree.tree_leaves(written)
+
+
+def _written(function: str) -> str:
+    return f"{function} writes to a quantized weight; dequantize it first: w = weight.dequantize()"
+
+
+def _argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any] | None, position: int, name: str
+) -> Any:
     return args[position] if len(args) > position else (kwargs or {}).get(name)

@@ -1,4 +1,6 @@
-"""bitsandbytes NF4 weights seen as QuantizedTensors: the layouts are the same, so nothing is copied."""
+"""bitsandbytes NF4 weights seen as QuantizedTensors: the layouts are the same, so nothing is
+copied.
+"""
 
 from typing import Any
 
@@ -10,14 +12,19 @@ from pyft.quantized import QuantizedTensor
 
 
 def obstacle(weight: Any) -> str | None:
-    """Why a ``bitsandbytes.nn.Params4bit`` cannot be read as a QuantizedTensor, or None when it can."""
+    """Why a ``bitsandbytes.nn.Params4bit`` cannot be read as a QuantizedTensor, or None when it
+    can.
+    """
     state = getattr(weight, "quant_state", None)
     if state is None:
         return "its 4-bit weight is not quantized yet; move the model to its device first"
     if state.quant_type != "nf4":
         return f"its 4-bit format is {state.quant_type}, not nf4"
     if getattr(state, "packing_format_for_cpu", False) or weight.dtype != torch.uint8:
-        return "its 4-bit weight was repacked by bitsandbytes for its own CPU kernel; call pyft.apply before model.eval()"
+        return (
+            "its 4-bit weight was repacked by bitsandbytes for its own CPU kernel; "
+            "call pyft.apply before model.eval()"
+        )
     if state.blocksize not in BLOCK_SIZES:
         return f"its block size {state.blocksize} is not one of {', '.join(map(str, BLOCK_SIZES))}"
     if state.nested and state.state2.blocksize != NESTED_BLOCK:
@@ -31,6 +38,11 @@ def as_quantized(weight: Any) -> QuantizedTensor:
     nested: Tensor | None = None
     offset: Tensor | None = None
     if state.nested:
-        nested, offset = state.state2.absmax, torch.as_tensor(state.offset, device=weight.device).float()
+        nested, offset = (
+            state.state2.absmax,
+            torch.as_tensor(state.offset, device=weight.device).float(),
+        )
     packed = weight.data.view(-1)
-    return QuantizedTensor(packed, state.absmax, nested, offset, "nf4", state.blocksize, state.shape, state.dtype)
+    return QuantizedTensor(
+        packed, state.absmax, nested, offset, "nf4", state.blocksize, state.shape, state.dtype
+    )

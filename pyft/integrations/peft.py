@@ -1,8 +1,9 @@
 """apply and revert: LoRA linears of a loaded PEFT model run pyft's ops, in place, and back.
 
-A PEFT layer is fused by giving the module a subclass of its own class whose forward calls ``pyft.lora_linear``; every
-parameter, hook and method stays PEFT's, so saving, merging, switching and disabling adapters work as before. What a layer
-is asked to do that the op does not (several active adapters, a DoRA variant, a merged adapter) goes to PEFT's forward.
+A PEFT layer is fused by giving the module a subclass of its own class whose forward calls
+``pyft.lora_linear``; every parameter, hook and method stays PEFT's, so saving, merging, switching
+and disabling adapters work as before. What a layer is asked to do that the op does not (several
+active adapters, a DoRA variant, a merged adapter) goes to PEFT's forward.
 """
 
 from collections import Counter
@@ -43,35 +44,55 @@ class ApplyReport:
 
     def __str__(self) -> str:
         groups = Counter((entry.runs, entry.why) for entry in self.modules)
-        lines = [f"{n:5d} x {runs}" + (f" ({why})" if why else "") for (runs, why), n in groups.items()]
-        return "\n".join(lines) or "no linear modules found: nothing to fuse, the model runs as it was"
+        lines = [
+            f"{n:5d} x {runs}" + (f" ({why})" if why else "") for (runs, why), n in groups.items()
+        ]
+        return (
+            "\n".join(lines) or "no linear modules found: nothing to fuse, the model runs as it was"
+        )
 
 
 def apply(model: nn.Module) -> ApplyReport:
     """Make the LoRA linears of a loaded model run ``pyft.lora_linear``, in place.
 
     Args:
-        model: a PEFT model, or any module that contains PEFT LoRA layers, with plain, pyft-quantized or bitsandbytes
-            NF4 weights. Calling it again changes nothing.
+        model: a PEFT model, or any module that contains PEFT LoRA layers, with plain, pyft-
+            quantized or bitsandbytes NF4 weights. Calling it again changes nothing.
 
     Returns:
         For each linear of the model what it runs now, or why it was left.
     """
     entries = []
-    inside = {f"{name}.base_layer" for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    adapters = {f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    inside = {
+        f"{name}.base_layer"
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    adapters = {
+        f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             entries.append(_apply_layer(name, module))
-        elif isinstance(module, nn.Linear) and name not in inside and not name.startswith(tuple(adapters) or "\0"):
+        elif (
+            isinstance(module, nn.Linear)
+            and name not in inside
+            and not name.startswith(tuple(adapters) or "\0")
+        ):
             quantized = isinstance(module.weight, QuantizedTensor)
-            runs = f"pyft.lora_linear over {module.weight.format.name}" if quantized else type(module).__name__
+            runs = (
+                f"pyft.lora_linear over {module.weight.format.name}"
+                if quantized
+                else type(module).__name__
+            )
             entries.append(Applied(name, runs, "no adapter on it"))
     return ApplyReport(tuple(entries))
 
 
 def revert(model: nn.Module) -> None:
-    """Give every module ``apply`` changed its own class back; parameters and hooks were never touched."""
+    """Give every module ``apply`` changed its own class back; parameters and hooks were never
+    touched.
+    """
     for module in model.modules():
         if isinstance(module, _Fused):
             module.__class__ = type(module).plain
@@ -84,11 +105,17 @@ def _apply_layer(name: str, layer: LoraLayer) -> Applied:
     if not isinstance(layer, _Fused):
         layer.__class__ = _fused_class(type(layer))
     weight = _weight(layer)
-    kind = weight.format.name if isinstance(weight, QuantizedTensor) else str(weight.dtype).removeprefix("torch.")
+    kind = (
+        weight.format.name
+        if isinstance(weight, QuantizedTensor)
+        else str(weight.dtype).removeprefix("torch.")
+    )
     why = ""
     if len(layer.active_adapters) > 1:
         why = "while several adapters are active PEFT's forward runs"
-    return Applied(name, f"pyft.lora_linear on {select('lora_linear', weight.device)} over {kind}", why)
+    return Applied(
+        name, f"pyft.lora_linear on {select('lora_linear', weight.device)} over {kind}", why
+    )
 
 
 def _obstacle(layer: LoraLayer) -> str | None:
@@ -133,26 +160,52 @@ class _Fused:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
         adapters = [name for name in layer.active_adapters if name in layer.lora_A]
-        if args or kwargs or layer.disable_adapters or layer.merged or len(adapters) != 1 or layer.lora_variant:
+        if (
+            args
+            or kwargs
+            or layer.disable_adapters
+            or layer.merged
+            or len(adapters) != 1
+            or layer.lora_variant
+        ):
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
+        name = adapters[0]
+        base, lora_a, lora_b = layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name]
+        # What may have changed since apply: an adapter with a bias, hooks, a weight bitsandbytes
+        # has repacked.
+        changed = lora_b.bias is not None or any(_hooked(part) for part in (base, lora_a, lora_b))
+        if changed or (hasattr(base.weight, "quant_state") and bitsandbytes.obstacle(base.weight)):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         weight = _weight(layer)
         dtype = _compute_dtype(layer, x, weight)
         if dtype is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
-        name = adapters[0]
         dropout = layer.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and layer.training else 0.0
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        bias = layer.get_base_layer().bias
-        return lora_linear(x.to(dtype), weight, a, b, layer.scaling[name], bias, p).to(x.dtype)
+        scale = layer.scaling[name]
+        return lora_linear(
+            x.to(dtype), weight, lora_a.weight, lora_b.weight, scale, base.bias, p
+        ).to(x.dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled by the name of the layer's own class: the fused one is made where it is read."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_new_fused, (type(self).plain,), *reduced[2:])
 
 
 def _compute_dtype(layer: Any, x: Tensor, weight: Tensor) -> torch.dtype | None:
     """The dtype the linear runs in; None where PEFT's forward has to say what is wrong."""
-    base_dtype = getattr(layer.get_base_layer(), "compute_dtype", None)  # bitsandbytes: None means the input's
+    base_dtype = getattr(
+        layer.get_base_layer(), "compute_dtype", None
+    )  # bitsandbytes: None means the input's
     if isinstance(weight, QuantizedTensor) or torch.is_autocast_enabled(x.device.type):
         return base_dtype or x.dtype
     return x.dtype if x.dtype == weight.dtype else None
+
+
+def _new_fused(plain: type) -> Any:
+    fused: Any = _fused_class(plain)
+    return fused.__new__(fused)
 
 
 @cache

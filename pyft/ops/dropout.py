@@ -15,14 +15,21 @@ from pyft.reference import dropout as reference
 
 
 def draw_seed() -> Tensor:
-    """A seed from torch's CPU generator, int64 []: reproducible under torch.manual_seed and in a recomputation."""
+    """A seed from torch's CPU generator, int64 []: reproducible under torch.manual_seed and in a
+    recomputation.
+    """
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
 
 
 def apply_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """The forward without autograd, on the best backend there is for x."""
-    # A composed op forced onto a backend that has no dropout kernel draws the same mask from the reference.
-    name = next(n for n in (*PREFERENCE.get(x.device.type, ()), "reference") if obstacle("dropout", n) is None)
+    # A composed op forced onto a backend that has no dropout kernel draws the same mask from the
+    # reference.
+    name = next(
+        n
+        for n in (*PREFERENCE.get(x.device.type, ()), "reference")
+        if obstacle("dropout", n) is None
+    )
     if name == "reference" or x.dtype == torch.float64:
         return reference.dropout(x, p, int(seed))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -59,14 +66,22 @@ def dropout(x: Tensor, p: float, seed: int | Tensor | None = None) -> Tensor:
     Args:
         x: any shape and floating dtype.
         p: 0 <= p < 1.
-        seed: an integer or an int64 tensor [] on the CPU; None draws one from torch's CPU generator.
+        seed: an integer (its low 64 bits) or an int64 tensor [] on the CPU; None draws one from
+            torch's CPU generator.
 
     Raises:
-        UsageError: p outside [0, 1).
+        UsageError: p outside [0, 1), x not floating, a backend asked for by name that has no kernel
+            for x's dtype.
 
     Source: the random words are Philox4x32-10, Salmon et al. (2011).
     """
     check_probability("dropout", p)
+    if not x.is_floating_point():
+        raise UsageError(f"dropout: x is {x.dtype}; pass a floating tensor")
+    if x.dtype == torch.float64 and chosen() not in ("auto", "reference"):
+        raise UsageError(
+            f"backend {chosen()!r} cannot run dropout in {x.dtype}; use reference or auto"
+        )
     if p == 0.0:
         return x
     if chosen() == "reference":
@@ -84,4 +99,8 @@ def as_seed(seed: int | Tensor | None) -> Tensor:
     """The seed as an int64 tensor [] on the CPU, drawn where there is none."""
     if seed is None:
         return draw_seed()
-    return seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64)
+    if isinstance(seed, Tensor):
+        return seed
+    return torch.tensor(
+        (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64
+    )  # the same 64 bits, signed

@@ -1,4 +1,5 @@
-"""The LoRA linear over a plain or quantized weight: y = x Wᵀ + bias + scale S Bᵀ with S = drop(x) Aᵀ.
+"""The LoRA linear over a plain or quantized weight: y = x Wᵀ + bias + scale S Bᵀ with S = drop(x)
+Aᵀ.
 
     x [M, K]   W [N, K]   A [R, K]   B [N, R]   S [M, R]   y, dY [M, N]
 
@@ -6,7 +7,8 @@
     dX = dY W + drop(dS A)                the same mask as the forward's
     dA = dSᵀ drop(x)    dB = scale dYᵀ S    dW = dYᵀ x    dbias = sum of dY over rows
 
-Saved for the backward: x and S, besides the weights themselves. The decoded weight, the mask and drop(x) are made again.
+Saved for the backward: x (where dA or dW is wanted) and S (where dB is), besides the weights
+    themselves. The decoded weight, the mask and drop(x) are made again.
 Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021).
 """
 
@@ -24,7 +26,8 @@ from pyft.ops.quantize import DTYPES, dequantize_rows
 from pyft.quantized import QuantizedTensor
 from pyft.reference import lora_linear as reference
 
-# The weight travels as: dense (weight, None, None, None, "") or quantized (packed, absmax, nested, offset, format).
+# The weight travels as: dense (weight, None, None, None, "") or quantized (packed, absmax, nested,
+# offset, format).
 
 
 def _decoded(
@@ -45,7 +48,9 @@ def _decoded(
     dtype = x.dtype if x.dtype in DTYPES else torch.float32
     scratch = torch.empty(out_features, x.shape[1], dtype=dtype, device=x.device)
     with backend(name):
-        dequantize_rows(parts, FORMATS[format], block_size, (0, out_features), out_features, scratch)
+        dequantize_rows(
+            parts, FORMATS[format], block_size, (0, out_features), out_features, scratch
+        )
     return scratch.to(x.dtype)
 
 
@@ -119,7 +124,9 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dX, dW, dA, dB, dbias; an empty tensor where ``needs`` (in that order) is false."""
     need_x, need_w, need_a, need_b, need_bias = needs
-    dx = dw = da = db = dbias = x.new_empty(0)
+    dx, dw, da, db, dbias = (
+        x.new_empty(0) for _ in range(5)
+    )  # an op's outputs may not be one another
     if need_x:
         w = _decoded(x, weight, absmax, nested, offset, format, block_size, dy.shape[1], name)
         dx = torch.mm(dy, w)
@@ -162,15 +169,29 @@ def _fake_gradients(
     n, k, r = dy.shape[1], x.shape[1], 0 if lora_a is None else lora_a.shape[0]
     if needs[0] and absmax is not None:
         x.new_empty(n, k)
-    shapes = (x.shape, (n, k), (r, k), (n, r), (n,))
-    dx, dw, da, db, dbias = (x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
+    shapes = ((dy.shape[0], k), (n, k), (r, k), (n, r), (n,))
+    dx, dw, da, db, dbias = (
+        x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)
+    )
     return dx, dw, da, db, dbias
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, absmax, nested, offset, lora_a, lora_b, bias, seed, *rest = inputs
-    ctx.save_for_backward(x, output[1], weight, absmax, nested, offset, lora_a, lora_b, seed)
-    ctx.format, ctx.block_size, ctx.scale, ctx.dropout_p, ctx.name = rest[0], rest[1], rest[3], rest[4], rest[5]
+    s = output[1]
+    need_w, need_a, need_b = (ctx.needs_input_grad[i] for i in (1, 5, 6))
+    if not (need_w or need_a):
+        x = x.new_empty(0, x.shape[1])  # dX needs only the number of columns
+    if not need_b:
+        s = s.new_empty(0)
+    ctx.save_for_backward(x, s, weight, absmax, nested, offset, lora_a, lora_b, seed)
+    ctx.format, ctx.block_size, ctx.scale, ctx.dropout_p, ctx.name = (
+        rest[0],
+        rest[1],
+        rest[3],
+        rest[4],
+        rest[5],
+    )
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -181,7 +202,9 @@ def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | N
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 5, 6, 7)]
     static = (ctx.format, ctx.block_size, ctx.scale, ctx.dropout_p, ctx.name)
     found = _lora_linear_backward(dy.contiguous(), *ctx.saved_tensors, *static, needs)
-    dx, dw, da, db, dbias = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
+    dx, dw, da, db, dbias = (
+        gradient if need else None for gradient, need in zip(found, needs, strict=True)
+    )
     return dx, dw, None, None, None, da, db, dbias, *(None,) * 7
 
 
@@ -199,17 +222,20 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """x Wᵀ + bias + scale drop(x) Aᵀ Bᵀ, forward and backward, without keeping W, the mask or drop(x).
+    """x Wᵀ + bias + scale drop(x) Aᵀ Bᵀ, forward and backward, without keeping W, the mask or
+    drop(x).
 
     Args:
         x: [..., K], any floating dtype, any strides, any number of rows, none included.
         weight: [N, K], a tensor of x's dtype or a QuantizedTensor of any dtype.
         lora_a: [R, K], or None (with lora_b) for the bare linear.
-        lora_b: [N, R]. Adapters and bias of another dtype are cast to x's; their gradients come back in their own.
+        lora_b: [N, R]. Adapters and bias of another dtype are cast to x's; their gradients come
+            back in their own.
         scale: alpha / R, or alpha / sqrt(R) for rsLoRA.
         bias: [N] or None.
         dropout_p: probability of dropping an input of the adapter, 0 <= p < 1.
-        seed: of the dropout mask, see ``pyft.dropout``; the same seed gives the same mask on every backend.
+        seed: of the dropout mask, see ``pyft.dropout``; the same seed gives the same mask on every
+            backend.
 
     Returns:
         [..., N] of x's dtype. Inside autocast everything is cast to autocast's dtype first.
@@ -222,11 +248,13 @@ def lora_linear(
         weight = weight if isinstance(weight, QuantizedTensor) else weight.to(x.dtype)
     _check(x, weight, lora_a, lora_b, bias)
     check_probability("lora_linear", dropout_p)
-    lora_a, lora_b, bias = (None if tensor is None else tensor.to(x.dtype) for tensor in (lora_a, lora_b, bias))
+    lora_a, lora_b, bias = (
+        None if tensor is None else tensor.to(x.dtype) for tensor in (lora_a, lora_b, bias)
+    )
     name = chosen()
     drawn = as_seed(seed) if dropout_p > 0 and lora_a is not None else None
     if name == "reference":
-        dense = weight.dequantize().to(x.dtype) if isinstance(weight, QuantizedTensor) else weight
+        dense = weight.to(x.dtype).dequantize() if isinstance(weight, QuantizedTensor) else weight
         mask_seed = 0 if drawn is None else int(drawn)
         return reference.lora_linear(x, dense, lora_a, lora_b, scale, bias, dropout_p, mask_seed)
     stored: tuple[Tensor | None, ...] = (weight, None, None, None)
@@ -234,28 +262,39 @@ def lora_linear(
     if isinstance(weight, QuantizedTensor):
         stored = (weight.packed, weight.absmax, weight.nested, weight.offset)
         static = (weight.format.name, weight.block_size)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     adapter = (lora_a, lora_b, bias, drawn)
-    y, _ = _lora_linear(rows, *stored, *adapter, *static, weight.shape[0], float(scale), float(dropout_p), name)
+    y, _ = _lora_linear(
+        rows, *stored, *adapter, *static, weight.shape[0], float(scale), float(dropout_p), name
+    )
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _check(x: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, bias: Tensor | None) -> None:
+def _check(
+    x: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, bias: Tensor | None
+) -> None:
     n, k = weight.shape if weight.dim() == 2 else (0, -1)
     if x.dim() < 1 or x.shape[-1] != k:
         raise UsageError(
-            f"lora_linear: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit; need [..., K] and [N, K]"
+            f"lora_linear: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit; "
+            "need [..., K] and [N, K]"
         )
+    if not x.is_floating_point():
+        raise UsageError(f"lora_linear: x is {x.dtype}; pass a floating tensor")
     if not isinstance(weight, QuantizedTensor) and weight.dtype != x.dtype:
-        raise UsageError(f"lora_linear: x is {x.dtype} and weight is {weight.dtype}; cast one of them")
+        raise UsageError(
+            f"lora_linear: x is {x.dtype} and weight is {weight.dtype}; cast one of them"
+        )
     if (lora_a is None) != (lora_b is None):
         raise UsageError("lora_linear: lora_a and lora_b go together; pass both or neither")
     if lora_a is not None and lora_b is not None:
         r = lora_a.shape[0] if lora_a.dim() == 2 else -1
         if lora_a.shape != (r, k) or lora_b.shape != (n, r):
             raise UsageError(
-                f"lora_linear: lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} do not fit weight "
-                f"{(n, k)}; need [R, {k}] and [{n}, R]"
+                f"lora_linear: lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} "
+                f"do not fit weight {(n, k)}; need [R, {k}] and [{n}, R]"
             )
     if bias is not None and bias.shape != (n,):
-        raise UsageError(f"lora_linear: bias {tuple(bias.shape)} does not fit weight {(n, k)}; need [{n}]")
+        raise UsageError(
+            f"lora_linear: bias {tuple(bias.shape)} does not fit weight {(n, k)}; need [{n}]"
+        )

@@ -1,14 +1,23 @@
-"""Quantize and dequantize a weight: checks, allocation, choice of the backend. Layout and rules: ``pyft.formats``.
+"""Quantize and dequantize a weight; layout and rules are in ``pyft.formats``.
 
-Not differentiable: a quantized weight is frozen, and the gradient passes through the linear that uses it.
+Not differentiable: a quantized weight is frozen, and the gradient passes through the linear that
+uses it.
 """
 
 import torch
 from torch import Tensor
 
-from pyft.backend import backend, implementation, select
+from pyft.backend import implementation, select
 from pyft.errors import UsageError
-from pyft.formats import BLOCK_SIZES, FORMATS, Format, absmax_format, code_table, midpoint_table, nested_blocks
+from pyft.formats import (
+    BLOCK_SIZES,
+    FORMATS,
+    Format,
+    absmax_format,
+    code_table,
+    midpoint_table,
+    nested_blocks,
+)
 from pyft.quantized import QuantizedTensor
 from pyft.reference import quantize as reference
 
@@ -16,7 +25,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
-def quantize(w: Tensor, format: str = "nf4", block_size: int = 64, double_quant: bool = True) -> QuantizedTensor:
+def quantize(
+    w: Tensor, format: str = "nf4", block_size: int = 64, double_quant: bool = True
+) -> QuantizedTensor:
     """Quantize a weight in blocks of ``block_size`` consecutive elements.
 
     Args:
@@ -36,10 +47,14 @@ def quantize(w: Tensor, format: str = "nf4", block_size: int = 64, double_quant:
     if format not in FORMATS:
         raise UsageError(f"quantize: format {format!r} is unknown; use one of {', '.join(FORMATS)}")
     if block_size not in BLOCK_SIZES:
-        raise UsageError(f"quantize: block_size {block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
+        raise UsageError(
+            f"quantize: block_size {block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}"
+        )
     if w.dtype not in DTYPES or isinstance(w, QuantizedTensor):
         what = "already quantized" if isinstance(w, QuantizedTensor) else f"of dtype {w.dtype}"
-        raise UsageError(f"quantize: the weight is {what}; pass a float32, bfloat16 or float16 tensor")
+        raise UsageError(
+            f"quantize: the weight is {what}; pass a float32, bfloat16 or float16 tensor"
+        )
     fmt = FORMATS[format]
     name = select("quantize", w.device)
     packed, absmax = _quantize4(w.detach(), fmt, block_size, name)
@@ -50,14 +65,16 @@ def quantize(w: Tensor, format: str = "nf4", block_size: int = 64, double_quant:
 
 
 @torch.no_grad()
-def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+def dequantize(
+    q: QuantizedTensor, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
     """Decode a quantized weight; each element is rounded once.
 
     Args:
         q: the quantized weight.
         dtype: fp32, bf16 or fp16; q's own when neither it nor ``out`` is given.
-        out: where to write, of q's shape; its rows may be further apart than their length (a slice of a wider
-            scratch), its elements within a row are adjacent.
+        out: where to write, of q's shape; its rows may be further apart than their length (a slice
+            of a wider scratch), its elements within a row are adjacent.
 
     Returns:
         ``out``, or a new tensor of q's shape.
@@ -77,17 +94,24 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: Tensor
         )
     rows = _as_rows(out)
     if rows is None:
-        raise UsageError(f"dequantize: out has strides {out.stride()}; elements of a row must be adjacent")
+        raise UsageError(
+            f"dequantize: out has strides {out.stride()}; elements of a row must be adjacent"
+        )
     dequantize_rows(q.parts(), q.format, q.block_size, (0, rows.shape[0]), rows.shape[0], rows)
     return out
 
 
 def dequantize_rows(
-    parts: list[Tensor], fmt: Format, block_size: int, rows: tuple[int, int], total_rows: int, out: Tensor
+    parts: list[Tensor],
+    fmt: Format,
+    block_size: int,
+    rows: tuple[int, int],
+    total_rows: int,
+    out: Tensor,
 ) -> None:
-    """Decode rows [rows[0], rows[1]) of a weight [total_rows, K] into out [rows[1] - rows[0], K], unchecked."""
-    packed, absmax, nested, offset = parts if len(parts) == 4 else (*parts, None, None)
-    assert packed is not None and absmax is not None
+    """Decode rows rows[0] to rows[1] of a weight [total_rows, K] into out, unchecked."""
+    packed, absmax = parts[:2]
+    nested, offset = parts[2:] if len(parts) == 4 else (None, None)
     name = select("quantize", out.device)
     if name == "reference":
         reference.dequantize(packed, absmax, nested, offset, fmt, block_size, rows, out)
@@ -118,13 +142,19 @@ def _quantize_absmax(absmax: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]
     codes = torch.empty(absmax.numel(), dtype=torch.uint8, device=absmax.device)
     nested = torch.empty(nested_blocks(absmax.numel()), dtype=torch.float32, device=absmax.device)
     kernels = implementation("quantize", name)
-    kernels.quantize_absmax(absmax, offset, midpoint_table(fmt, absmax.device), fmt.zero_code, codes, nested)
+    kernels.quantize_absmax(
+        absmax, offset, midpoint_table(fmt, absmax.device), fmt.zero_code, codes, nested
+    )
     return codes, nested, offset
 
 
 def _as_rows(out: Tensor) -> Tensor | None:
     """``out`` as [rows, K] without a copy, K adjacent; None where its strides do not allow it."""
-    if out.dim() == 2 and (out.shape[1] <= 1 or out.stride(1) == 1) and out.stride(0) >= out.shape[1]:
+    if (
+        out.dim() == 2
+        and (out.shape[1] <= 1 or out.stride(1) == 1)
+        and out.stride(0) >= out.shape[1]
+    ):
         return out
     if not out.is_contiguous():
         return None

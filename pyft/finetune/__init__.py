@@ -1,0 +1,1 @@
+"""The fine-tuning job: data, model, training, evaluation, report, export."""

@@ -1,0 +1,52 @@
+"""The Triton kernels against the reference: on a GPU if there is one, else in Triton's interpreter.
+
+Triton reads TRITON_INTERPRET when it is imported, so the kernels run in a process of their own:
+``python tests/test_kernels_quantize.py`` prints what is wrong with each case as JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from quantize_cases import CASES, check, check_large_offsets
+
+LARGE = "large offsets"
+
+
+def run_cases() -> dict[str, str]:
+    """What is wrong with each case, "" when nothing is."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import triton_bf16
+
+        triton_bf16.install()
+    from pyft.kernels import quantize as kernels
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wrong = {name: check(case, kernels, device) for name, case in CASES.items()}
+    return wrong | {LARGE: check_large_offsets(kernels, device)}
+
+
+@pytest.fixture(scope="module")
+def wrong() -> dict[str, str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("name", [*CASES, LARGE])
+def test_bits_are_the_references(wrong: dict[str, str], name: str) -> None:
+    assert wrong[name] == ""
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_cases(), indent=1))

@@ -1,0 +1,56 @@
+"""pyft as it is installed: an sdist, the wheel built from it, and a checkout with extensions built
+in place.
+"""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROBE = """
+import torch, pyft, pyft.kernels, pyft.embedded
+from pyft.kernels import configs
+w = torch.randn(48, 64)
+q = pyft.quantize(w)
+with pyft.backend("reference"):
+    assert torch.equal(pyft.dequantize(q), pyft.quantize(w).dequantize())
+assert pyft.availability()["quantize"]["cpu"] == "yes", pyft.availability()
+assert (pyft.embedded.MODEL_DIR / "model.safetensors").is_file()
+assert pyft.embedded.GENERAL_TEXT.is_file()
+print(pyft.__file__)
+"""
+
+
+def run(command: list[str], directory: Path, **environment: str) -> str:
+    done = subprocess.run(
+        command, cwd=directory, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_checkout_on_the_path(tmp_path):
+    """PYTHONPATH=. in the root with extensions built in place, from there and from elsewhere."""
+    for directory in (ROOT, tmp_path):
+        place = run([sys.executable, "-c", PROBE], directory, PYTHONPATH=str(ROOT))
+        assert Path(place.strip()).is_relative_to(ROOT)
+
+
+@pytest.mark.slow
+def test_sdist_and_wheel(tmp_path):
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    run(build, tmp_path, PYFT_NO_CUDA="1")  # the wheel is built from the sdist
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "pyft/kernels/quantize.py" in names
+    assert "pyft/finetune/report.html.j2" in names
+    assert not any(name.startswith(("kernels/", "tests/", "csrc/")) for name in names)
+    target = tmp_path / "site"
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
+    run([sys.executable, *install], tmp_path)
+    place = run([sys.executable, "-c", PROBE], tmp_path, PYTHONPATH=str(target))
+    assert Path(place.strip()).is_relative_to(target)
