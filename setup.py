@@ -32,12 +32,17 @@ CXX_FLAGS = [
 ]
 ISA_FLAGS = {
     "csrc/cpu/quantize_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    # GCC 12's own AVX-512 headers read an undefined register on purpose and are warned about once
-    # inlined.
-    "csrc/cpu/quantize_avx512.cpp": (
-        ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
-        + ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-    ),
+    # GCC 12 warns about its own AVX-512 headers, which read an undefined register on purpose.
+    "csrc/cpu/quantize_avx512.cpp": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mfma",
+        "-mf16c",
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
+    ],
 }
 LINK_FLAGS = ["-Wl,--exclude-libs,ALL", "-s"]
 
@@ -78,6 +83,7 @@ class Build(build_ext):
     """Compiles each file of an extension with its own flags, .cu files with nvcc."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Compile the sources one by one, then link as setuptools does."""
         ext.include_dirs.append(pybind11.get_include())
         sources, ext.sources = ext.sources, []
         ext.extra_objects += [self._compile(source, ext) for source in sources]

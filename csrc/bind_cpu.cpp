@@ -33,9 +33,15 @@ void quantize_absmax(uintptr_t x, int64_t n, uintptr_t offset, uintptr_t midpoin
 void dequantize4(uintptr_t packed, uintptr_t absmax, uintptr_t nested, uintptr_t offset, uintptr_t codes,
                  uintptr_t absmax_codes, int64_t rows, int64_t cols, int64_t block_size, int64_t row_begin,
                  int64_t row_end, uintptr_t out, int64_t out_stride, int dtype, int isa, int threads) {
-  const pyft_weight4 weight = {pointer<uint8_t>(packed), pointer<void>(absmax), pointer<float>(nested),
-                               pointer<float>(offset), pointer<float>(codes), pointer<float>(absmax_codes),
-                               rows, cols, block_size};
+  const pyft_weight4 weight = {pointer<uint8_t>(packed),
+                               pointer<void>(absmax),
+                               pointer<float>(nested),
+                               pointer<float>(offset),
+                               pointer<float>(codes),
+                               pointer<float>(absmax_codes),
+                               rows,
+                               cols,
+                               block_size};
   check(pyft_cpu_dequantize4(&weight, row_begin, row_end, pointer<void>(out), out_stride,
                              static_cast<pyft_dtype>(dtype), static_cast<pyft_isa>(isa), threads));
 }

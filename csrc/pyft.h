@@ -1,7 +1,8 @@
 // The C ABI of pyft's native kernels: plain pointers, sizes, a stream. No torch, no Python.
 //
-// Every function returns a pyft_status and checks nothing it would have to read device memory for. Sizes count elements,
-// never bytes; strides count elements of the pointed-to type. Layouts and rounding rules are those of pyft/formats.py.
+// Every function returns a pyft_status and checks nothing it would have to read device memory for. Sizes count
+// elements, never bytes; strides count elements of the pointed-to type. Layouts and rounding rules are those of
+// pyft/formats.py.
 #pragma once
 
 #include <stdint.h>
@@ -23,14 +24,14 @@ typedef enum { PYFT_ISA_SCALAR = 0, PYFT_ISA_AVX2 = 1, PYFT_ISA_AVX512 = 2 } pyf
 
 // A weight of `rows` x `cols` elements in a 4-bit block format, as in pyft/formats.py.
 typedef struct {
-  const uint8_t* packed;    // [ceil(rows * cols / 2)], first element in the high nibble
-  const void* absmax;       // fp32 [blocks], or uint8 [blocks] when `nested` is set; blocks = ceil(rows*cols/block_size)
-  const float* nested;      // fp32 [ceil(blocks / 256)], or NULL: absmax is not nested
-  const float* offset;      // fp32 [1], set when `nested` is
-  const float* codes;       // fp32 [16]
+  const uint8_t* packed;  // [ceil(rows * cols / 2)], first element in the high nibble
+  const void* absmax;     // fp32 [blocks], or uint8 [blocks] when `nested` is set; blocks = ceil(rows*cols/block_size)
+  const float* nested;    // fp32 [ceil(blocks / 256)], or NULL: absmax is not nested
+  const float* offset;    // fp32 [1], set when `nested` is
+  const float* codes;     // fp32 [16]
   const float* absmax_codes;  // fp32 [256], set when `nested` is
   int64_t rows, cols;
-  int64_t block_size;       // a power of two, 32 .. 4096
+  int64_t block_size;  // a power of two, 32 .. 4096
 } pyft_weight4;
 
 // ---- CPU ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
-"""Which implementation runs: ``reference``, ``cpu``, ``triton`` or ``cuda``; by itself (``auto``)
-or by name.
+"""Which implementation runs: ``reference``, ``cpu``, ``triton`` or ``cuda``, by name or ``auto``.
 
 The choice is data: ``IMPLEMENTATIONS`` says which module implements an op on a backend,
 ``PREFERENCE`` in which order a device tries them. ``auto`` takes the first that is available and
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# op -> backend -> module. lora_linear is composed of the vendor matmul and its backend's
-# dequantization.
+# op -> backend -> module. lora_linear is the vendor matmul with its backend's dequantization.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "quantize": {
         "reference": "pyft.reference.quantize",

@@ -8,6 +8,7 @@ traceback.
 
 import inspect
 import json
+import logging
 import shlex
 import sys
 from pathlib import Path
@@ -26,10 +27,13 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Fine-tune a language model on a small GPU, or on none.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(no_args_is_help=True, help="Look at training data before training on it.")
+data_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Look at training data before training on it."
+)
 app.add_typer(data_app, name="data")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="print the result as JSON and nothing else")]
@@ -52,7 +56,7 @@ def _root(
     pass
 
 
-@app.command()
+@app.command(short_help="Fine-tune the shipped model, show what changed.")
 def demo(
     output: Annotated[Path, typer.Option(help="directory to write to")] = Path("pyft-demo"),
     short: Annotated[bool, typer.Option("--short", help="a few steps only, to see it run")] = False,
@@ -70,7 +74,7 @@ def demo(
         _print_json(report)
 
 
-@app.command(name="eval")
+@app.command(name="eval", short_help="Measure a model or an adapter.")
 def evaluate(
     model: ModelOption,
     data: Annotated[Path, typer.Option(help="held-out rows or prompts, one JSON object per line")],
@@ -103,7 +107,7 @@ def evaluate(
         _console().print(show(result))
 
 
-@data_app.command()
+@data_app.command(short_help="Say what is wrong with a data file.")
 def check(
     file: Annotated[Path, typer.Argument(help="the data, one JSON object per line")],
     model: Annotated[
@@ -131,7 +135,7 @@ def check(
         raise UsageError(f"{file}: {len(quality.fatal())} kinds of problems; mend the lines listed")
 
 
-@app.command()
+@app.command(short_help="Say what this installation can do.")
 def doctor(json_output: JsonFlag = False) -> None:
     """Say what this installation can do, and what to do about each thing missing.
 
@@ -216,11 +220,15 @@ def _register_finetune(with_options: bool) -> None:
     parameters = [*(_finetune_options() if with_options else []), flag]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {item.name: item.annotation for item in parameters}
-    app.command(name="finetune", help=finetune.__doc__)(command)
+    app.command(name="finetune", help=finetune.__doc__, short_help="Fine-tune a model on a file.")(
+        command
+    )
 
 
 def main() -> NoReturn:
     """The entry point: run a command, turn errors into one line and an exit code."""
+    # bitsandbytes, where it is installed, warns on import about a kernel nobody here asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     _register_finetune(with_options="finetune" in arguments)
@@ -235,9 +243,9 @@ def main() -> NoReturn:
             message = str(error.format_message()).strip().rstrip(".")
             if not message:  # no arguments: the help is printed already
                 sys.exit(2)
-            _fail(
-                f"{message}; see {error.ctx.command_path if error.ctx else 'pyft'} --help", 2, debug
-            )
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context else "pyft"
+            _fail(f"{message}; see {command} --help", 2, debug)
         first = (str(error).strip().splitlines() or [""])[0]
         _fail(f"unexpected {type(error).__name__}: {first}; --debug shows the traceback", 1, debug)
     sys.exit(code or 0)

@@ -1,6 +1,4 @@
-"""Errors pyft raises on purpose; the command line prints their message as one line and exits with
-their code.
-"""
+"""Errors pyft raises on purpose; the command line prints the line and exits with the code."""
 
 
 class PyftError(Exception):
@@ -10,8 +8,6 @@ class PyftError(Exception):
 
 
 class UsageError(PyftError, ValueError):
-    """Wrong input from the user; the message is one line: what is wrong, where, what to write
-    instead.
-    """
+    """Wrong input; the message is one line: what is wrong, where, what to write instead."""
 
     exit_code = 2

@@ -1,5 +1,4 @@
-"""QuantizedTensor: a weight in one of the formats of ``pyft.formats``, usable wherever a frozen
-weight is.
+"""QuantizedTensor: a weight in a format of ``pyft.formats``, usable wherever a frozen weight is.
 
 It is a tensor subclass that shows the weight's logical shape and dtype and holds the packed data,
 so a module keeps it in the parameter named ``weight`` and everything that walks parameters keeps
@@ -58,6 +57,7 @@ class QuantizedTensor(Tensor):
         shape: Sequence[int],
         dtype: torch.dtype,
     ) -> "QuantizedTensor":
+        """Wrap stored tensors as a weight of this shape and dtype; nothing is copied."""
         self: QuantizedTensor = Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=packed.device
         )
@@ -146,7 +146,7 @@ class QuantizedTensor(Tensor):
             return function(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         function: Any,
         types: Any,

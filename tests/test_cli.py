@@ -120,7 +120,8 @@ def test_output_that_holds_something_else_is_refused(rows, tmp_path):
     output.mkdir()
     (output / "thesis.txt").write_text("years of work", encoding="utf-8")
     job = ("--model", embedded.MODEL_DIR, "--data", rows, "--output", output)
-    refused(pyft("finetune", *job), 2, "precious", "overwrite")
+    refused(pyft("finetune", *job), 2, "precious", "thesis.txt", "empty directory")
+    refused(pyft("finetune", *job, "--overwrite"), 2, "precious", "thesis.txt")
     assert (output / "thesis.txt").read_text(encoding="utf-8") == "years of work"
 
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from pyft.errors import PyftError
-from pyft.finetune import charts
+from pyft.finetune import charts as drawing
+from pyft.finetune import report as subject
 from pyft.finetune.report import strict, summary, write_report
 
 HOSTILE = "</pre></title><script>alert(1)</script><img src=http://x/y onerror=alert(2)>\"'&"
@@ -363,7 +364,7 @@ def test_ticks_are_few_round_and_inside(low, width, whole):
     high = low + width
     if high - low < 1e-9 * max(1, abs(low)):
         return
-    found = charts.ticks(low, high, whole)
+    found = drawing.ticks(low, high, whole)
     assert len(found) <= 7
     slack = width * 1e-6 + abs(low) * 1e-9
     assert all(low - slack <= at <= high + slack for at in found)
@@ -376,7 +377,7 @@ def test_ticks_are_few_round_and_inside(low, width, whole):
 
 @given(st.lists(finite, min_size=1, max_size=20))
 def test_an_axis_holds_its_values_and_labels_differ(values):
-    found = charts.axis(values, "name")
+    found = drawing.axis(values, "name")
     assert found["low"] < found["high"]
     slack = (found["high"] - found["low"]) * 1e-6
     assert found["low"] - slack <= min(values)
@@ -397,17 +398,17 @@ def test_an_axis_holds_its_values_and_labels_differ(values):
     ],
 )
 def test_tick_labels(values, labels):
-    assert [text for _, text in charts.axis(values, "")["ticks"]] == labels
+    assert [text for _, text in drawing.axis(values, "")["ticks"]] == labels
 
 
 def test_smoothing_is_an_unbiased_moving_average():
-    assert charts.smooth([2.0] * 50) == pytest.approx([2.0] * 50)
-    assert charts.smooth([5.0, 1.0, 3.0]) == [5.0, 1.0, 3.0]
+    assert drawing.smooth([2.0] * 50) == pytest.approx([2.0] * 50)
+    assert drawing.smooth([5.0, 1.0, 3.0]) == [5.0, 1.0, 3.0]
     values = list(np.random.default_rng(0).standard_normal(60))
     keep = 1 - 2 / (60 // 12 + 1)
     weights = keep ** np.arange(30)[::-1]
-    assert charts.smooth(values)[29] == pytest.approx(np.average(values[:30], weights=weights))
-    assert np.std(charts.smooth(values)) < np.std(values)
+    assert drawing.smooth(values)[29] == pytest.approx(np.average(values[:30], weights=weights))
+    assert np.std(drawing.smooth(values)) < np.std(values)
 
 
 def test_losses_that_are_not_finite_are_left_out_of_the_curve():
@@ -442,7 +443,7 @@ def test_parity_shows_the_worst_and_failures_first():
 
 def test_close_end_labels_do_not_touch():
     y = {"low": 0.0, "high": 1.0}
-    ends = charts._ends([{"style": "c1", "last": last} for last in (0.9, 0.501, 0.5)], y)
+    ends = drawing._ends([{"style": "c1", "last": last} for last in (0.9, 0.501, 0.5)], y)
     heights = [label["y"] for label in ends]
     assert np.diff(heights).min() >= 0.065 - 1e-9
     assert heights[2] == 0.9

@@ -294,6 +294,12 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, forward_pass: int) -> None:
     monkeypatch.setattr(loop.Loop, "training_step", interrupted)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Models this small only wait for a second one."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files of a job; it runs on the CPU, where two runs give the same bits."""

@@ -46,8 +46,9 @@ class Loaded:
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compared with here is computed on the CPU."""
+    """What is compared with here is computed on the CPU; one thread is enough for it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    torch.set_num_threads(1)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,5 +1,5 @@
-// Conversions between fp32 and the 16-bit floats, round to nearest even, one private copy per source file: every file is
-// compiled for its own instruction set, so nothing here may be shared by the linker.
+// Conversions between fp32 and the 16-bit floats, round to nearest even, one private copy per source file: every file
+// is compiled for its own instruction set, so nothing here may be shared by the linker.
 #pragma once
 
 #include <stdint.h>

@@ -41,8 +41,8 @@ inline int code_of(float x, const float* midpoints) {
   return code;
 }
 
-// Codes of elements [begin, count) of a block whose absmax is known; `begin` is even. An odd last byte is padded with the
-// code of 0.
+// Codes of elements [begin, count) of a block whose absmax is known; `begin` is even. An odd last byte is padded with
+// the code of 0.
 template <pyft_dtype D>
 void encode_tail(const typename Dtype<D>::type* x, int64_t begin, int64_t count, float absmax, const float* midpoints,
                  int zero_code, uint8_t* packed) {

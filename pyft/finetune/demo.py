@@ -29,9 +29,10 @@ SETTINGS: dict[str, Any] = {
     "gradient_accumulation": 1,
     "max_new_tokens": 48,
     "prompts": 4,
+    "general_rows": 32,
 }
 STEPS, SHORT_STEPS = 75, 10
-HELD_OUT_ROWS = 300
+TRAIN_ROWS, HELD_OUT_ROWS = 5000, 200
 
 
 def demo(output: Path, console: Console, short: bool = False, command: str = "") -> dict[str, Any]:
@@ -53,7 +54,7 @@ def prepare_job(output: Path, short: bool = False) -> tuple[Config, list[str]]:
     files.mkdir(parents=True, exist_ok=True)
     places = {"data": files / "train.jsonl", "validation": files / "held-out.jsonl"}
     train, held_out = docstrings.build_split()
-    docstrings.write_rows(places["data"], train)
+    docstrings.write_rows(places["data"], train[:TRAIN_ROWS])
     docstrings.write_rows(places["validation"], held_out[:HELD_OUT_ROWS])
     steps = SHORT_STEPS if short else STEPS
     job = {"model": embedded.MODEL_DIR, "output": output, "max_steps": steps, "overwrite": True}

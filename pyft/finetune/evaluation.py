@@ -10,13 +10,13 @@ from rich.table import Table
 
 from pyft.errors import UsageError
 from pyft.finetune.batches import Packed
+from pyft.finetune.charts import short
 from pyft.finetune.config import load_config
 from pyft.finetune.data import read_rows
 from pyft.finetune.evaluate import evaluate
 from pyft.finetune.export import check_adapter_matches
 from pyft.finetune.model import DTYPES, compute_dtype, load_base, load_tokenizer
 from pyft.finetune.progress import quiet
-from pyft.finetune.charts import short
 from pyft.finetune.template import answer_text, encode_rows, prompt_text, resolve, trainable
 from pyft.formats import FORMATS
 from pyft.integrations.peft import apply

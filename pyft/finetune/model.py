@@ -90,16 +90,16 @@ def add_adapters(model: nn.Module, config: Config) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, lora)
+        adapted: nn.Module = get_peft_model(model, lora)
     except ValueError as error:
         raise UsageError(
             f"targets: {config.targets!r} fits no layer: {_first_line(error)}"
         ) from None
+    return adapted
 
 
 def compute_dtype(name: str) -> torch.dtype:
-    """The dtype of frozen weights and activations; "auto" is the narrowest the device computes in
-    natively.
+    """The dtype of frozen weights and activations; "auto" is the narrowest that is native.
 
     On a GPU that is bf16 from Ampere on and fp16 before; on a CPU bf16 with AMX or AVX512_BF16,
     else fp32.

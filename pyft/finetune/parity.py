@@ -104,7 +104,8 @@ def _compare(layer: Any, x: Tensor, dy: Tensor) -> Iterator[tuple[str, float, fl
         inputs = [cast(tensor).requires_grad_() for tensor in (x, a, b)]
         bias = None if base.bias is None else cast(base.bias)
         with pyft.backend(backend):
-            y = pyft.lora_linear(inputs[0], weight, *inputs[1:], layer.scaling[name], bias)
+            x_, a_, b_ = inputs
+            y = pyft.lora_linear(x_, weight, a_, b_, layer.scaling[name], bias)
             return [y.detach(), *torch.autograd.grad(y, inputs, cast(dy))]
 
     results = (run("auto", x.dtype), run("reference", x.dtype), run("reference", torch.float64))

@@ -190,7 +190,8 @@ def run(
     checkpoint.clean(directory)
     job = checkpoint.job(config)
     found = checkpoint.newest(directory, job)
-    remembered = remember_base(model, general) if general and config.method == "full" else None
+    with _precision(amp):
+        remembered = remember_base(model, general) if general and config.method == "full" else None
 
     def measured() -> tuple[Estimate | None, Point | None]:
         with _precision(amp):
@@ -221,7 +222,9 @@ def run(
             model.to(dtype)
         after = answers() if answers else []
         checks = parity(loaded, next(packed.batches(1))) if parity else []
-    return _results(config, progress, exported, general, packed, after, checks)
+    results = _results(config, progress, exported, general, packed, after, checks)
+    results["forgetting"]["why_no_kl"] = remembered.why_no_kl if remembered else None
+    return results
 
 
 def _train(

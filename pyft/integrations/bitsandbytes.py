@@ -1,6 +1,4 @@
-"""bitsandbytes NF4 weights seen as QuantizedTensors: the layouts are the same, so nothing is
-copied.
-"""
+"""bitsandbytes NF4 weights seen as QuantizedTensors: the same layout, so nothing is copied."""
 
 from typing import Any
 
@@ -12,9 +10,7 @@ from pyft.quantized import QuantizedTensor
 
 
 def obstacle(weight: Any) -> str | None:
-    """Why a ``bitsandbytes.nn.Params4bit`` cannot be read as a QuantizedTensor, or None when it
-    can.
-    """
+    """Why a ``Params4bit`` cannot be read as a QuantizedTensor, or None when it can."""
     state = getattr(weight, "quant_state", None)
     if state is None:
         return "its 4-bit weight is not quantized yet; move the model to its device first"

@@ -79,20 +79,16 @@ def apply(model: nn.Module) -> ApplyReport:
             and name not in inside
             and not name.startswith(tuple(adapters) or "\0")
         ):
-            quantized = isinstance(module.weight, QuantizedTensor)
-            runs = (
-                f"pyft.lora_linear over {module.weight.format.name}"
-                if quantized
-                else type(module).__name__
-            )
+            weight = module.weight
+            runs = type(module).__name__
+            if isinstance(weight, QuantizedTensor):
+                runs = f"pyft.lora_linear over {weight.format.name}"
             entries.append(Applied(name, runs, "no adapter on it"))
     return ApplyReport(tuple(entries))
 
 
 def revert(model: nn.Module) -> None:
-    """Give every module ``apply`` changed its own class back; parameters and hooks were never
-    touched.
-    """
+    """Give every module ``apply`` changed its own class back; nothing else was ever touched."""
     for module in model.modules():
         if isinstance(module, _Fused):
             module.__class__ = type(module).plain
@@ -103,7 +99,8 @@ def _apply_layer(name: str, layer: LoraLayer) -> Applied:
     if reason is not None:
         return Applied(name, f"PEFT {type(layer).__name__}", reason)
     if not isinstance(layer, _Fused):
-        layer.__class__ = _fused_class(type(layer))
+        plain: Any = type(layer)
+        layer.__class__ = _fused_class(plain)
     weight = _weight(layer)
     kind = (
         weight.format.name

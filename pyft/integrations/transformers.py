@@ -1,5 +1,4 @@
-"""Loading a checkpoint with its weights quantized one by one, through transformers' quantizer
-registry.
+"""Loading a checkpoint, its weights quantized one by one through transformers' quantizer registry.
 
 ``AutoModel.from_pretrained(path, quantization_config=PyftConfig())`` works by itself; ``prepare``
 is that plus adapters. transformers reads one tensor at a time from the memory-mapped safetensors
@@ -25,8 +24,7 @@ from pyft.quantized import QuantizedTensor
 
 @register_quantization_config("pyft")
 class PyftConfig(QuantizationConfigMixin):
-    """How ``from_pretrained`` quantizes: every linear but the output head, or but the modules
-    named.
+    """How ``from_pretrained`` quantizes: every linear but the output head or the modules named.
 
     Args:
         format: a name in ``pyft.formats.FORMATS``.
@@ -51,13 +49,12 @@ class PyftConfig(QuantizationConfigMixin):
 
 @register_quantizer("pyft")
 class PyftQuantizer(HfQuantizer):
-    """Packs linear weights as they are loaded; the module stays torch.nn.Linear with a
-    QuantizedTensor weight.
-    """
+    """Packs linear weights as they are loaded; the module stays a torch.nn.Linear."""
 
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Note which parameters to quantize: the model's structure stays as it is."""
         config = self.quantization_config
         left = self.get_modules_to_not_convert(
             model, config.modules_to_not_convert, model._keep_in_fp32_modules
@@ -67,16 +64,20 @@ class PyftQuantizer(HfQuantizer):
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
     ) -> bool:
+        """Whether this parameter is packed as it is loaded."""
         return param_name in self._targets
 
     def get_quantize_ops(self) -> ConversionOps:
+        """What packs one parameter."""
         return _Quantize(self.quantization_config)
 
     def is_serializable(self) -> bool:
+        """A packed model is not saved by transformers; its adapter is."""
         return False
 
     @property
     def is_trainable(self) -> bool:
+        """Adapters on it train."""
         return True
 
 
@@ -101,16 +102,12 @@ def _packed(weight: Tensor, format: str, block_size: int, double_quant: bool) ->
 
 
 def quantizable(model: PreTrainedModel) -> list[str]:
-    """Names of the linears quantization takes by default: all but the output head and what is tied
-    to it.
-    """
+    """Names of the linears quantized by default: all but the output head and what is tied to it."""
     return linear_names(model, HfQuantizer.get_modules_to_not_convert(model))
 
 
 def linear_names(model: nn.Module, left: list[str]) -> list[str]:
-    """Names of the plain linears of ``model`` but those named (or inside a module named) in
-    ``left``.
-    """
+    """Names of the plain linears of ``model`` but those in (or inside a module in) ``left``."""
     linears = (name for name, module in model.named_modules() if type(module) is nn.Linear)
     return [name for name in linears if not any(f".{skip}." in f".{name}." for skip in left)]
 
@@ -124,8 +121,7 @@ def prepare(
     double_quant: bool = True,
     device: str | torch.device | None = None,
 ) -> nn.Module:
-    """A causal language model ready to fine-tune: quantized while loading, with adapters, its
-    linears fused.
+    """A causal language model ready to fine-tune: quantized, with adapters, its linears fused.
 
     Args:
         path_or_model: a checkpoint directory (config.json and safetensors, sharded or not), or a
@@ -171,7 +167,8 @@ def prepare(
 
         model = get_peft_model(model, lora)
     apply(model)
-    return model.eval()
+    ready: nn.Module = model.eval()
+    return ready
 
 
 def load(

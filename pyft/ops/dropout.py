@@ -86,7 +86,8 @@ def dropout(x: Tensor, p: float, seed: int | Tensor | None = None) -> Tensor:
         return x
     if chosen() == "reference":
         return reference.dropout(x, p, int(as_seed(seed)))
-    return _dropout(x, p, as_seed(seed), chosen())
+    y: Tensor = _dropout(x, p, as_seed(seed), chosen())
+    return y
 
 
 def check_probability(op: str, p: float) -> None:

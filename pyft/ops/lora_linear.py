@@ -1,5 +1,6 @@
-"""The LoRA linear over a plain or quantized weight: y = x Wᵀ + bias + scale S Bᵀ with S = drop(x)
-Aᵀ.
+"""The LoRA linear over a plain or quantized weight.
+
+    y = x Wᵀ + bias + scale S Bᵀ    with S = drop(x) Aᵀ
 
     x [M, K]   W [N, K]   A [R, K]   B [N, R]   S [M, R]   y, dY [M, N]
 
@@ -8,7 +9,7 @@ Aᵀ.
     dA = dSᵀ drop(x)    dB = scale dYᵀ S    dW = dYᵀ x    dbias = sum of dY over rows
 
 Saved for the backward: x (where dA or dW is wanted) and S (where dB is), besides the weights
-    themselves. The decoded weight, the mask and drop(x) are made again.
+themselves. The decoded weight, the mask and drop(x) are made again.
 Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021).
 """
 
@@ -177,7 +178,7 @@ def _fake_gradients(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, absmax, nested, offset, lora_a, lora_b, bias, seed, *rest = inputs
+    x, weight, absmax, nested, offset, lora_a, lora_b, _, seed, *rest = inputs
     s = output[1]
     need_w, need_a, need_b = (ctx.needs_input_grad[i] for i in (1, 5, 6))
     if not (need_w or need_a):
@@ -264,9 +265,9 @@ def lora_linear(
         static = (weight.format.name, weight.block_size)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     adapter = (lora_a, lora_b, bias, drawn)
-    y, _ = _lora_linear(
+    y: Tensor = _lora_linear(
         rows, *stored, *adapter, *static, weight.shape[0], float(scale), float(dropout_p), name
-    )
+    )[0]
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -1,3 +1,1 @@
-"""The specification: every op as the shortest correct PyTorch, same names and arguments as in
-``pyft.ops``.
-"""
+"""The specification: each op as the shortest correct PyTorch, its arguments as in pyft.ops."""

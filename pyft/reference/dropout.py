@@ -1,6 +1,4 @@
-"""Dropout from a seed, the specification: Philox4x32-10 over the element index (Salmon et al.,
-2011).
-"""
+"""Dropout from a seed: Philox4x32-10 over the element index (Salmon et al., 2011)."""
 
 import torch
 from torch import Tensor
@@ -9,9 +7,7 @@ _WORD = 0xFFFFFFFF
 
 
 def random_words(n: int, seed: int, device: torch.device) -> Tensor:
-    """The first ``n`` 32-bit words for ``seed`` as int64 [n]: word i is output i % 4 of counter i
-    // 4.
-    """
+    """The first n words for a seed as int64 [n]: word i is output i % 4 of counter i // 4."""
     counter = torch.arange((n + 3) // 4, dtype=torch.int64, device=device)
     c0, c1 = counter & _WORD, counter >> 32
     c2 = c3 = torch.zeros_like(counter)
@@ -34,9 +30,7 @@ def threshold(p: float) -> int:
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """x with each element zeroed with probability p and the others divided by 1 - p; the mask
-    depends on seed alone.
-    """
+    """Zero each element of x with probability p, divide the others by 1 - p."""
     keep = random_words(x.numel(), seed, x.device).view(x.shape) >= threshold(p)
     scale = 1.0 / (1.0 - p)
     scaled = x * scale if x.dtype == torch.float64 else (x.float() * scale).to(x.dtype)

@@ -1,6 +1,4 @@
-"""The LoRA linear, the specification: y = x Wᵀ + bias + scale (drop(x) Aᵀ) Bᵀ (Hu et al., LoRA,
-2021).
-"""
+"""The LoRA linear: y = x Wᵀ + bias + scale (drop(x) Aᵀ) Bᵀ (Hu et al., LoRA, 2021)."""
 
 from torch import Tensor
 from torch.nn.functional import linear
@@ -18,9 +16,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
-    """x [..., K], weight [N, K], lora_a [R, K], lora_b [N, R], bias [N] -> [..., N]; no adapter
-    when lora_a is None.
-    """
+    """x [..., K], weight [N, K], lora_a [R, K], lora_b [N, R] or neither, bias [N] -> [..., N]."""
     y = linear(x, weight, bias)
     if lora_a is None or lora_b is None:
         return y

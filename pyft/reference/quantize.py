@@ -7,9 +7,7 @@ from pyft.formats import Format, absmax_format, code_table, midpoint_table
 
 
 def quantize_blocks(x: Tensor, fmt: Format, block_size: int) -> tuple[Tensor, Tensor]:
-    """Code a flat fp32 tensor [n]: uint8 codes padded to whole blocks [blocks * block_size], fp32
-    absmax [blocks].
-    """
+    """Code a flat fp32 tensor [n]: uint8 codes, padded to whole blocks; fp32 absmax [blocks]."""
     blocks = torch.nn.functional.pad(x, (0, -x.numel() % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(dim=1) if blocks.numel() else blocks.new_empty(0)
     codes = torch.zeros(blocks.shape, dtype=torch.int16, device=x.device)
@@ -27,18 +25,14 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, fmt: Format, block_size: in
 
 
 def quantize(x: Tensor, fmt: Format, block_size: int) -> tuple[Tensor, Tensor]:
-    """Quantize a tensor of any shape to 4 bits: packed uint8 [ceil(n/2)] and fp32 absmax
-    [ceil(n/block_size)].
-    """
+    """Quantize a tensor to 4 bits: packed uint8 [ceil(n/2)], fp32 absmax [ceil(n/block_size)]."""
     codes, absmax = quantize_blocks(x.flatten().float(), fmt, block_size)
     packed = codes[0::2] << 4 | codes[1::2]
     return packed[: (x.numel() + 1) // 2], absmax
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Double quantization: uint8 codes [blocks], fp32 nested absmax [ceil(blocks/256)], fp32 offset
-    [] (the mean).
-    """
+    """Double quantization: uint8 codes [blocks], fp32 nested absmax, fp32 offset []."""
     fmt = absmax_format()
     offset = absmax.double().sum().div(max(absmax.numel(), 1)).float()
     codes, nested = quantize_blocks(absmax - offset, fmt, fmt.block_size)
@@ -61,9 +55,7 @@ def dequantize(
     rows: tuple[int, int],
     out: Tensor,
 ) -> Tensor:
-    """Decode rows [rows[0], rows[1]) of a weight into ``out`` [rows, K], rounding once to its
-    dtype.
-    """
+    """Decode rows rows[0] to rows[1] of a weight into out [rows, K], rounded once to its dtype."""
     if nested is not None and offset is not None:
         absmax = dequantize_absmax(absmax, nested, offset)
     codes = torch.stack((packed >> 4, packed & 15), dim=1).flatten()
