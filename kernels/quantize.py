@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyft.formats import NESTED_BLOCK
 from pyft.kernels import configs
-from pyft.kernels.tiles import GROUP, encode_block, load_absmax, pack4, unpack4
+from pyft.kernels.tiles import GROUP, NESTED_BLOCK, encode_block, load_absmax, pack4, unpack4
 
 
 @triton.jit(do_not_specialize=["n", "zero_code"])

@@ -6,6 +6,9 @@ import triton.language as tl
 # Elements whose codes are one aligned 4-byte word, in rows that begin and end at multiples of it.
 GROUP = 8
 
+# absmax values that share one nested absmax.
+NESTED_BLOCK = 256
+
 
 @triton.jit
 def magnitude_bits(x):

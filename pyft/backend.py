@@ -102,6 +102,14 @@ def availability() -> dict[str, dict[str, str]]:
     return {op: {name: obstacle(op, name) or "yes" for name in BACKENDS} for op in IMPLEMENTATIONS}
 
 
+def cpu_isa() -> str | None:
+    """The instruction set the CPU kernels run in now; None when they are not built."""
+    if obstacle("quantize", "cpu") is not None:
+        return None
+    native = importlib.import_module("pyft.native")
+    return str(next(name for name, level in native.ISAS.items() if level == native.isa()))
+
+
 @cache
 def obstacle(op: str, name: str) -> str | None:
     """Why ``op`` cannot run on backend ``name`` in this process, or None when it can."""

@@ -31,8 +31,8 @@ def examine() -> dict[str, Any]:
     """
     import torch
 
-    from pyft import __version__, native
-    from pyft.backend import availability, obstacle
+    from pyft import __version__
+    from pyft.backend import availability, cpu_isa, obstacle
 
     advice = []
     versions: dict[str, str | None] = {"pyft": __version__, "python": platform.python_version()}
@@ -45,10 +45,8 @@ def examine() -> dict[str, Any]:
         versions.update({name: _version(name) for name in names})
         if missing:
             advice.append(f"{', '.join(missing)} missing: pip install 'pyft[{extra}]'")
-    cpu: dict[str, Any] = {"threads": torch.get_num_threads(), "isa": None}
-    if obstacle("quantize", "cpu") is None:
-        cpu["isa"] = next(name for name, level in native.ISAS.items() if level == native.isa())
-    else:
+    cpu = {"threads": torch.get_num_threads(), "isa": cpu_isa()}
+    if cpu["isa"] is None:
         advice.append(f"CPU kernels: {obstacle('quantize', 'cpu')}")
     gpus = []
     for index in range(torch.cuda.device_count()):

@@ -165,6 +165,7 @@ def test_bits_are_the_references(library: ctypes.CDLL, name: str, reverse_warps:
     assert check(CASES[name], SimKernels(library), CPU) == ""
 
 
+@pytest.mark.unfilled
 def test_offsets_beyond_31_bits(library: ctypes.CDLL) -> None:
     assert check_large_offsets(SimKernels(library), CPU) == ""
 

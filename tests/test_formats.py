@@ -1,8 +1,10 @@
 """The formats' constants against their papers."""
 
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -113,3 +115,14 @@ def test_block_sizes_are_powers_of_two() -> None:
 @pytest.mark.parametrize(("blocks", "expected"), [(0, 0), (1, 1), (256, 1), (257, 2), (512, 2)])
 def test_nested_blocks(blocks: int, expected: int) -> None:
     assert nested_blocks(blocks) == expected
+
+
+def test_kernels_share_the_nested_block() -> None:
+    """Kernels import nothing of pyft, so the one number both need is compared here."""
+    tree = ast.parse((Path(__file__).parents[1] / "kernels" / "tiles.py").read_text())
+    found = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    assert found["NESTED_BLOCK"] == NESTED_BLOCK

@@ -11,7 +11,6 @@ from torch import Tensor
 from pyft.backend import PREFERENCE, backend, chosen, implementation, obstacle, select
 from pyft.errors import UsageError
 from pyft.op import Op
-from pyft.reference import dropout as reference
 
 
 def draw_seed() -> Tensor:
@@ -23,15 +22,16 @@ def draw_seed() -> Tensor:
 
 def apply_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """The forward without autograd, on the best backend there is for x."""
-    # A composed op forced onto a backend that has no dropout kernel draws the same mask from the
-    # reference.
+    # A composed op forced onto a backend without a dropout kernel draws the reference's same mask.
     name = next(
         n
         for n in (*PREFERENCE.get(x.device.type, ()), "reference")
         if obstacle("dropout", n) is None
     )
+    reference = implementation("dropout", "reference")
     if name == "reference" or x.dtype == torch.float64:
-        return reference.dropout(x, p, int(seed))
+        dropped: Tensor = reference.dropout(x, p, int(seed))
+        return dropped
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     kernels = implementation("dropout", name)
     kernels.dropout(x.contiguous(), int(seed), reference.threshold(p), 1.0 / (1.0 - p), out)
@@ -85,7 +85,8 @@ def dropout(x: Tensor, p: float, seed: int | Tensor | None = None) -> Tensor:
     if p == 0.0:
         return x
     if chosen() == "reference":
-        return reference.dropout(x, p, int(as_seed(seed)))
+        dropped: Tensor = implementation("dropout", "reference").dropout(x, p, int(as_seed(seed)))
+        return dropped
     y: Tensor = _dropout(x, p, as_seed(seed), chosen())
     return y
 

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyft.backend import backend, chosen, select
+from pyft.backend import backend, chosen, implementation, select
 from pyft.errors import UsageError
 from pyft.formats import FORMATS
 from pyft.op import Op, Primitive
 from pyft.ops.dropout import apply_dropout, as_seed, check_probability
 from pyft.ops.quantize import DTYPES, dequantize_rows
 from pyft.quantized import QuantizedTensor
-from pyft.reference import lora_linear as reference
 
 # The weight travels as: dense (weight, None, None, None, "") or quantized (packed, absmax, nested,
 # offset, format).
@@ -257,7 +256,9 @@ def lora_linear(
     if name == "reference":
         dense = weight.to(x.dtype).dequantize() if isinstance(weight, QuantizedTensor) else weight
         mask_seed = 0 if drawn is None else int(drawn)
-        return reference.lora_linear(x, dense, lora_a, lora_b, scale, bias, dropout_p, mask_seed)
+        reference = implementation("lora_linear", "reference").lora_linear
+        plain: Tensor = reference(x, dense, lora_a, lora_b, scale, bias, dropout_p, mask_seed)
+        return plain
     stored: tuple[Tensor | None, ...] = (weight, None, None, None)
     static: tuple[str, int] = ("", 0)
     if isinstance(weight, QuantizedTensor):

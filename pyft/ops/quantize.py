@@ -19,7 +19,6 @@ from pyft.formats import (
     nested_blocks,
 )
 from pyft.quantized import QuantizedTensor
-from pyft.reference import quantize as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -113,35 +112,37 @@ def dequantize_rows(
     packed, absmax = parts[:2]
     nested, offset = parts[2:] if len(parts) == 4 else (None, None)
     name = select("quantize", out.device)
+    kernels = implementation("quantize", name)
     if name == "reference":
-        reference.dequantize(packed, absmax, nested, offset, fmt, block_size, rows, out)
+        kernels.dequantize(packed, absmax, nested, offset, fmt, block_size, rows, out)
         return
     codes = code_table(fmt, out.device)
     absmax_codes = code_table(absmax_format(), out.device) if nested is not None else None
     inputs = (packed, absmax, nested, offset, codes, absmax_codes)
-    kernels = implementation("quantize", name)
     kernels.dequantize4(*inputs, total_rows, out.shape[1], block_size, *rows, out)
 
 
 def _quantize4(w: Tensor, fmt: Format, block_size: int, name: str) -> tuple[Tensor, Tensor]:
+    kernels = implementation("quantize", name)
     if name == "reference":
-        return reference.quantize(w, fmt, block_size)
+        packed, absmax = kernels.quantize(w, fmt, block_size)
+        return packed, absmax
     packed = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-w.numel() // block_size), dtype=torch.float32, device=w.device)
-    kernels = implementation("quantize", name)
     midpoints = midpoint_table(fmt, w.device)
     kernels.quantize4(w.contiguous(), midpoints, fmt.zero_code, block_size, packed, absmax)
     return packed, absmax
 
 
 def _quantize_absmax(absmax: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = implementation("quantize", name)
     if name == "reference":
-        return reference.quantize_absmax(absmax)
+        codes, nested, offset = kernels.quantize_absmax(absmax)
+        return codes, nested, offset
     fmt = absmax_format()
     offset = absmax.double().sum().div(max(absmax.numel(), 1)).float()
     codes = torch.empty(absmax.numel(), dtype=torch.uint8, device=absmax.device)
     nested = torch.empty(nested_blocks(absmax.numel()), dtype=torch.float32, device=absmax.device)
-    kernels = implementation("quantize", name)
     kernels.quantize_absmax(
         absmax, offset, midpoint_table(fmt, absmax.device), fmt.zero_code, codes, nested
     )
