@@ -70,6 +70,15 @@ def cuda_root(nvcc: str) -> Path:
     return Path(here.group(1)).parent
 
 
+def known_archs(nvcc: str) -> str:
+    """CUDA_ARCHS as far as this nvcc knows them; an old one builds for the GPUs of its time."""
+    listed = subprocess.run(
+        [nvcc, "--list-gpu-arch"], capture_output=True, text=True
+    ).stdout.split()
+    known = {name.removeprefix("compute_") for name in listed}
+    return ";".join(arch for arch in CUDA_ARCHS.split(";") if arch.removesuffix("+PTX") in known)
+
+
 def gencode(archs: str) -> list[str]:
     """nvcc's -gencode options for a semicolon-separated list."""
     options = []
@@ -86,6 +95,7 @@ class Build(build_ext):
         """Compile the sources one by one, then link as setuptools does."""
         ext.include_dirs.append(pybind11.get_include())
         sources, ext.sources = ext.sources, []
+        ext.depends += sources  # what setuptools compares dates with
         ext.extra_objects += [self._compile(source, ext) for source in sources]
         super().build_extension(ext)
 
@@ -97,7 +107,7 @@ class Build(build_ext):
         if source.endswith(".cu"):
             nvcc = find_nvcc()
             assert nvcc is not None
-            archs = gencode(os.environ.get("PYFT_CUDA_ARCHS", CUDA_ARCHS))
+            archs = gencode(os.environ.get("PYFT_CUDA_ARCHS") or known_archs(nvcc))
             host = [
                 "-Xcompiler",
                 "-fPIC,-fvisibility=hidden",
@@ -135,7 +145,11 @@ def extensions() -> list[Extension]:
         ]
         cuda = Extension("pyft._cuda", cuda_sources, language="c++", depends=headers)
         cuda.include_dirs = [str(root / "include")]
-        static = next(root.rglob("libcudart_static.a"))
+        static = next(root.rglob("libcudart_static.a"), None)
+        if static is None:
+            raise RuntimeError(
+                f"{root} has no libcudart_static.a; set PYFT_NO_CUDA=1 to do without"
+            )
         cuda.extra_link_args = [*LINK_FLAGS, str(static), "-ldl", "-lrt", "-pthread"]
         found.append(cuda)
     return found

@@ -2,13 +2,13 @@
 run.
 """
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 from timing import DEVICE, ratio, synchronised
 
 import pyft
 
+bnb = pytest.importorskip("bitsandbytes.functional")
 SHAPES = [(2048, 2048), (14336, 4096)]
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+TESTS = [f"tests/test_{name}.py" for name in ("devices", "kernels_quantize", "peft", "lora_linear")]
 
 
 def run(name: str, command: list[str], limit: float, results: dict[str, Any], output: Path) -> bool:
@@ -77,7 +78,7 @@ def main() -> int:
     timing = f"--benchmark-json={output / 'benchmark.json'}"
     passed = [
         run("build", [python, "setup.py", "build_ext", "--inplace"], 180, results, output),
-        run("tests", [python, "-m", "pytest", "-q", "tests/test_devices.py"], 180, results, output),
+        run("tests", [python, "-m", "pytest", "-q", *TESTS], 240, results, output),
         run(
             "bench",
             [python, "-m", "pytest", "-q", "benchmarks", "--benchmark-only", timing],

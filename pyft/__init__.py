@@ -1,6 +1,8 @@
 """pyft: fine-tuning on small GPUs. Public names; each is imported when it is first used."""
 
 import importlib
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +46,21 @@ __all__ = [
     "revert",
 ]
 
-# In a checkout the package pyft.kernels is the folder kernels/ beside this one.
-_root = Path(__file__).resolve().parent.parent
-if (_root / "kernels" / "__init__.py").is_file() and (_root / "csrc" / "pyft.h").is_file():
-    __path__.append(str(_root))
+
+def _register_kernels(root: Path) -> None:
+    """In a checkout the package pyft.kernels is the folder kernels/ beside this one."""
+    entry = root / "kernels" / "__init__.py"
+    if "pyft.kernels" in sys.modules or not (entry.is_file() and (root / "csrc/pyft.h").is_file()):
+        return
+    places = [str(entry.parent)]
+    spec = spec_from_file_location("pyft.kernels", entry, submodule_search_locations=places)
+    if spec is not None and spec.loader is not None:
+        module = sys.modules["pyft.kernels"] = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        globals()["kernels"] = module
+
+
+_register_kernels(Path(__file__).resolve().parent.parent)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ ends at the reference; a backend asked for by name runs or it raises.
 import importlib
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -100,6 +100,18 @@ def implementation(op: str, name: str) -> ModuleType:
 def availability() -> dict[str, dict[str, str]]:
     """For each op and backend: "yes", or the reason why not and what to do about it."""
     return {op: {name: obstacle(op, name) or "yes" for name in BACKENDS} for op in IMPLEMENTATIONS}
+
+
+def device_guard(tensor: "torch.Tensor") -> AbstractContextManager[object]:
+    """Makes the tensor's device the current one: a kernel is launched on the current device."""
+    import torch
+
+    if tensor.device.type not in ("cuda", "xpu"):
+        return nullcontext()
+    if tensor.is_cuda:
+        return torch.cuda.device(tensor.device)
+    guard: AbstractContextManager[object] = torch.xpu.device(tensor.device)
+    return guard
 
 
 def cpu_isa() -> str | None:

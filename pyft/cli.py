@@ -9,6 +9,7 @@ traceback.
 import inspect
 import json
 import logging
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -239,6 +240,8 @@ def main() -> NoReturn:
     except PyftError as error:
         _fail(str(error), error.exit_code, debug)
     except Exception as error:
+        if isinstance(error, ImportError) and (package := _extra_package(error)):
+            _fail(f"{package} is missing or too old: pip install 'pyft[finetune]'", 2, debug)
         if hasattr(error, "format_message"):  # the parser's: an unknown option, a missing value
             message = str(error.format_message()).strip().rstrip(".")
             if not message:  # no arguments: the help is printed already
@@ -249,6 +252,15 @@ def main() -> NoReturn:
         first = (str(error).strip().splitlines() or [""])[0]
         _fail(f"unexpected {type(error).__name__}: {first}; --debug shows the traceback", 1, debug)
     sys.exit(code or 0)
+
+
+def _extra_package(error: ImportError) -> str | None:
+    """The package of the extra finetune that could not be imported, or None for any other."""
+    from pyft.doctor import EXTRAS
+
+    # transformers names a dependency that is too old at the start of its message only
+    name = re.match(r"\w*", error.name or str(error))
+    return name[0] if name and name[0] in EXTRAS["finetune"] else None
 
 
 def _fail(message: str, code: int, debug: bool) -> NoReturn:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import platform
+import re
 import shutil
 from typing import Any
 
@@ -40,11 +41,15 @@ def examine() -> dict[str, Any]:
         versions[name] = _version(name)
         if versions[name] is None:
             advice.append(f"{name} is missing: pip install {name}")
+        elif floor := _too_old(name):
+            advice.append(_outdated(name, floor, f"{name}>={floor}"))
     for extra, names in EXTRAS.items():
         missing = [name for name in names if _version(name) is None]
         versions.update({name: _version(name) for name in names})
         if missing:
             advice.append(f"{', '.join(missing)} missing: pip install 'pyft[{extra}]'")
+        floors = ((name, _too_old(name)) for name in names)
+        advice += [_outdated(name, floor, f"pyft[{extra}]") for name, floor in floors if floor]
     cpu = {"threads": torch.get_num_threads(), "isa": cpu_isa()}
     if cpu["isa"] is None:
         advice.append(f"CPU kernels: {obstacle('quantize', 'cpu')}")
@@ -64,7 +69,8 @@ def examine() -> dict[str, Any]:
             else "training runs on the CPU"
         )
         advice.append(f"no GPU is visible to torch; {why}")
-    ready = all(_version(name) for name in (*REQUIRED, *EXTRAS["finetune"]))
+    needed = (*REQUIRED, *EXTRAS["finetune"])
+    ready = all(_version(name) and not _too_old(name) for name in needed)
     return {
         "versions": versions,
         "cpu": cpu,
@@ -82,6 +88,32 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _too_old(name: str) -> str | None:
+    """The lowest version pyft takes, where the installed one is below it; else None."""
+    installed = _version(name)
+    try:
+        requirements = importlib.metadata.requires("pyft") or []
+    except importlib.metadata.PackageNotFoundError:  # run from its source
+        return None
+    floors = (re.match(r"([\w.-]+) *>= *([\d.]+)", line) for line in requirements)
+    floor = next((at[2] for at in floors if at and at[1].lower() == name.lower()), None)
+    if installed is None or floor is None or _release(installed) >= _release(floor):
+        return None
+    return floor
+
+
+def _release(version: str) -> list[int]:
+    """The leading numbers of a version, without zeros at the end: "2.13.0+cpu" is [2, 13]."""
+    numbers = [int(number) for number in re.findall(r"\d+", re.sub(r"[^\d.].*", "", version))]
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return numbers
+
+
+def _outdated(name: str, floor: str, install: str) -> str:
+    return f"{name} {_version(name)} is too old: needs >={floor}: pip install '{install}'"
+
+
 def show(found: dict[str, Any]) -> Any:
     """The findings of ``examine`` for a terminal."""
     from rich.console import Group
@@ -94,7 +126,8 @@ def show(found: dict[str, Any]) -> Any:
     for op, answers in found["availability"].items():
         backends.add_row(op, *("yes" if answer == "yes" else "no" for answer in answers.values()))
     isa = found["cpu"]["isa"] or "no instruction set: not built"
-    cpu = f"CPU: {found['cpu']['threads']} threads, kernels for {isa}"
+    threads = found["cpu"]["threads"]
+    cpu = f"CPU: {threads} thread{'' if threads == 1 else 's'}, kernels for {isa}"
     gpus = [
         f"GPU: {gpu['name']}, {gpu['bytes'] / 2**30:.1f} GiB, compute {gpu['compute']}"
         for gpu in found["gpus"]

@@ -4,7 +4,6 @@ user input here.
 
 import importlib
 import os
-from contextlib import nullcontext
 from types import ModuleType
 
 import torch
@@ -44,10 +43,6 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _guard(tensor: Tensor) -> torch.cuda.device | nullcontext[None]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 def _launch(
     function: str, on: Tensor, arguments: tuple[object, ...], cpu_only: tuple[object, ...]
 ) -> None:
@@ -55,7 +50,7 @@ def _launch(
     if not on.is_cuda:
         getattr(_cpu(), function)(*arguments, *cpu_only)
         return
-    with _guard(on):
+    with torch.cuda.device(on.device):
         stream = torch.cuda.current_stream(on.device).cuda_stream
         getattr(_cuda(), function)(*arguments, stream)
 

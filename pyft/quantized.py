@@ -185,7 +185,10 @@ def _outputs(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
 
 
 def _written(function: str) -> str:
-    return f"{function} writes to a quantized weight; dequantize it first: w = weight.dequantize()"
+    return (
+        f"{function} writes to a quantized weight; dequantize it first (w = weight.dequantize()), "
+        "or, to merge an adapter, load the base in 16 bits and merge there"
+    )
 
 
 def _argument(

@@ -5,6 +5,7 @@ stock PEFT reads it.
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from pyft.finetune.config import Config
 from pyft.finetune.parity import parity
 from pyft.finetune.train import finetune
+from pyft.integrations.peft import apply
 
 QUESTION, ANSWER = "What is the sum of {0} and {1}?", "The sum of {0} and {1} is {2}."
 SHAPES = {
@@ -76,6 +78,24 @@ def test_finetune(checkpoint, tmp_path, name, shape):
     assert all(row["module"].endswith("lm_head") and row["why"] for row in left)
     assert {row["quantity"] for row in report["parity"]} == {"y", "dX", "dA", "dB"}
     assert all(row["passed"] for row in report["parity"])
+
+
+def test_parity_leaves_out_fused_layers_that_never_run():
+    model = peft.get_peft_model(
+        build_model("llama"), peft.LoraConfig(r=4, target_modules="all-linear")
+    )
+    apply(model)
+    first = model.base_model.model.model.layers[0]
+    first.forward = lambda hidden, *args, **kwargs: hidden
+    ids = torch.randint(3, 4096, (1, 16))
+    positions = torch.arange(16)[None]
+    batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    rows = parity(SimpleNamespace(model=model), batch)
+    names = {row["module"] for row in rows}
+    assert len(names) == ARCHITECTURES["llama"].linears
+    assert all(".layers.1." in name for name in names)
+    assert all(row["passed"] for row in rows)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

@@ -222,7 +222,10 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
 
 def output_of(directory: Path, state: str, config: Config) -> None:
     directory.mkdir()
-    marker = {"state": state, "job": checkpoint.job(config), "base": {}}
+    if not config.model.is_dir():
+        tiny_llama().save_pretrained(config.model)
+    base = export.fingerprint(config.model)
+    marker = {"state": state, "job": checkpoint.job(config), "base": base}
     (directory / export.MARKER).write_text(json.dumps(marker), encoding="utf-8")
 
 
@@ -265,10 +268,29 @@ def test_output_that_holds_something_else(tmp_path: Path) -> None:
     for changes in ({}, {"resume": True}):
         with pytest.raises(UsageError, match=r"holds something else \(such as thesis.tex\)"):
             standing(job_config(tmp_path, **changes))
-    with pytest.raises(UsageError, match="does not look like an output of pyft"):
+    with pytest.raises(UsageError, match=r"is not an output of pyft .* give another directory"):
         standing(job_config(tmp_path, overwrite=True))
     with pytest.raises(UsageError, match="is a file"):
         standing(job_config(tmp_path, output=config.data.parent / "out" / "thesis.tex"))
+
+
+def test_a_stock_model_is_not_overwritten(tmp_path: Path) -> None:
+    config = job_config(tmp_path, overwrite=True)
+    tiny_llama().save_pretrained(config.output)
+    with pytest.raises(UsageError, match=r"is not an output of pyft .* give another directory"):
+        standing(config)
+    assert (config.output / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("state", ["running", "finished"])
+def test_resume_refuses_a_base_whose_weights_have_changed(tmp_path: Path, state: str) -> None:
+    config = job_config(tmp_path, resume=True)
+    output_of(config.output, state, config)
+    assert standing(config) == ("finished" if state == "finished" else "resume")
+    tiny_llama(seed=5).save_pretrained(config.model)
+    with pytest.raises(UsageError, match="the base model has changed since"):
+        standing(config)
+    assert standing(job_config(tmp_path, overwrite=True)) == "new"
 
 
 def test_output_must_not_hold_what_the_job_reads(tmp_path: Path) -> None:

@@ -1,14 +1,20 @@
 """The command line as a user meets it: help, exit codes, one line for each error."""
 
+import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
 
-from pyft import embedded
+from pyft import cli, doctor, embedded
+
+ROOT = Path(__file__).parents[1]
 
 
 def pyft(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -121,7 +127,7 @@ def test_output_that_holds_something_else_is_refused(rows, tmp_path):
     (output / "thesis.txt").write_text("years of work", encoding="utf-8")
     job = ("--model", embedded.MODEL_DIR, "--data", rows, "--output", output)
     refused(pyft("finetune", *job), 2, "precious", "thesis.txt", "empty directory")
-    refused(pyft("finetune", *job, "--overwrite"), 2, "precious", "thesis.txt")
+    refused(pyft("finetune", *job, "--overwrite"), 2, "precious", "not overwritten")
     assert (output / "thesis.txt").read_text(encoding="utf-8") == "years of work"
 
 
@@ -141,6 +147,72 @@ def test_doctor_as_json():
     assert done.returncode == 0
     assert found["ready"]
     assert found["availability"]["lora_linear"]["cpu"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("failure", "package"),
+    [
+        ("import transformers", "transformers"),
+        ("raise ImportError('cannot import', name='peft.tuners.lora')", "peft"),
+        ("raise ImportError('tokenizers>=0.22 is required, but found 0.19')", "tokenizers"),
+    ],
+)
+def test_missing_extra_is_named(monkeypatch, capsys, failure, package):
+    def command(**options):
+        exec(failure)
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(sys, "argv", ["pyft"])
+    monkeypatch.setattr(cli, "_register_finetune", lambda with_options: None)
+    monkeypatch.setattr(cli, "app", command)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    expected = f"pyft: {package} is missing or too old: pip install 'pyft[finetune]'\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_other_import_errors_stay_unexpected():
+    assert cli._extra_package(ImportError("no", name="pyft.nothing")) is None
+    assert cli._extra_package(ImportError()) is None
+
+
+@pytest.mark.parametrize(
+    ("installed", "old"),
+    [("4.57.1", True), ("5.9", True), ("5.17", False), ("5.17.0.dev0", False), ("6.0+cpu", False)],
+)
+def test_doctor_compares_versions_with_the_floors(monkeypatch, installed, old):
+    real = importlib.metadata.version
+    floors = ["torch>=2.0.0", 'transformers>=5.17; extra == "finetune"']
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: floors)
+    versions = {"transformers": installed, "torch": "2.0"}
+    monkeypatch.setattr("importlib.metadata.version", lambda n: versions.get(n) or real(n))
+    found = doctor.examine()
+    line = f"transformers {installed} is too old: needs >=5.17: pip install 'pyft[finetune]'"
+    assert (line in found["advice"]) == old
+    assert sum("too old" in advice for advice in found["advice"]) == old
+    assert found["ready"] != old
+
+
+@pytest.mark.parametrize(("threads", "words"), [(1, "CPU: 1 thread,"), (2, "CPU: 2 threads,")])
+def test_doctor_counts_threads(threads, words):
+    found = {
+        "versions": {},
+        "cpu": {"threads": threads, "isa": "avx2"},
+        "gpus": [],
+        "availability": {"op": {"cpu": "yes"}},
+        "advice": [],
+        "ready": True,
+    }
+    lines = [item for item in doctor.show(found).renderables if isinstance(item, str)]
+    assert lines[0].startswith(words)
+
+
+def test_extras_named_are_extras_that_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "pyft").rglob("*.py"))
+    named = set(re.findall(r"'pyft\[(\w+)\]'", sources)) | set(doctor.EXTRAS)
+    assert named <= set(project["optional-dependencies"])
 
 
 @pytest.mark.slow

@@ -66,9 +66,24 @@ def test_unknown_key_is_answered_with_the_nearest(tmp_path: Path, key: str, near
     assert refusal(None, {**REQUIRED, key: 1}).endswith(f"write {nearest}")
 
 
-def test_unknown_key_like_no_other_lists_them_all() -> None:
+def test_unknown_key_like_no_other_points_to_the_help() -> None:
     message = refusal(None, {**REQUIRED, "zzzz": 1})
-    assert all(key in message for key in Config.model_fields)
+    assert message == "--zzzz is not a key of the configuration; see pyft finetune --help"
+
+
+def test_merge_keys_are_refused_by_name_and_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "seed: 1\n<<: {rank: 8}\n")
+    assert refusal(path, {}) == f"{path}, line 5: <<: merge keys are not read; copy the keys"
+
+
+def test_values_belong_to_the_keys_as_written(tmp_path: Path) -> None:
+    path = write(tmp_path, "1: a\n0x1: b\nrank: 8\n")  # two names of one number
+    assert f"{path}, line 4: 1 is not a key" in refusal(path, {})
+    path = write(tmp_path, "? [rank]\n: 8\n")
+    assert f"{path}, line 4: a key is a list" in refusal(path, {})
+    path = write(tmp_path, "rank: &size 8\nbatch_size: *size\n")
+    config = load_config(path, {})
+    assert (config.rank, config.batch_size) == (8, 8)
 
 
 @pytest.mark.parametrize(

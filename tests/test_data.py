@@ -271,3 +271,29 @@ def test_row_key_ignores_case_and_spacing_but_not_roles() -> None:
     assert row_key(Row(1, messages=[USER])) != row_key(
         Row(1, messages=[{**USER, "role": "system"}])
     )
+
+
+PROMPT_ROWS = {
+    "prompt_completion": {"prompt": "What is 2 + 2?"},
+    "alpaca": {"instruction": "What is 2 + 2?"},
+    "messages": chat(USER),
+    "sharegpt": {"conversations": [{"from": "human", "value": "What is 2 + 2?"}]},
+}
+
+
+@pytest.mark.parametrize("shape", PROMPT_ROWS)
+def test_prompts_alone_are_rows_only_when_asked_for(tmp_path: Path, shape: str) -> None:
+    path = write(tmp_path / "prompts.jsonl", PROMPT_ROWS[shape])
+    found = read_rows(path, answers=False)
+    assert (found.shape, found.rows, found.findings) == (shape, [Row(1, messages=[USER])], [])
+    with pytest.raises(UsageError):
+        read_rows(path)
+
+
+def test_prompts_and_answered_rows_in_one_file(tmp_path: Path) -> None:
+    answered = SAME_ROW["prompt_completion"]
+    path = write(tmp_path / "mixed.jsonl", {"prompt": USER["content"]}, answered, {"prompt": " "})
+    found = read_rows(path, answers=False)
+    assert found.rows == [Row(1, messages=[USER]), Row(2, messages=[USER, ANSWER])]
+    assert [(f.code, f.lines) for f in found.findings] == [("empty-prompt", [3])]
+    assert [row.line for row in read_rows(path).rows] == [2]

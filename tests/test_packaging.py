@@ -54,3 +54,23 @@ def test_sdist_and_wheel(tmp_path):
     run([sys.executable, *install], tmp_path)
     place = run([sys.executable, "-c", PROBE], tmp_path, PYTHONPATH=str(target))
     assert Path(place.strip()).is_relative_to(target)
+
+
+def test_the_folder_hands_its_other_name_over(tmp_path):
+    """``import kernels`` in a checkout is the other package of that name, or an empty one."""
+    code = "import kernels, pyft.kernels; print(getattr(kernels, 'OTHER', kernels.__path__))"
+    assert run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(ROOT)).strip() == "[]"
+    other = tmp_path / "site" / "kernels"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("OTHER = 'theirs'\n", encoding="utf-8")
+    path = os.pathsep.join([str(ROOT), str(other.parent)])
+    assert run([sys.executable, "-c", code], tmp_path, PYTHONPATH=path).strip() == "theirs"
+
+
+def test_a_checkout_shows_nothing_else_as_part_of_pyft(tmp_path):
+    code = (
+        "import importlib.util as u, pyft\n"
+        "print([u.find_spec(f'pyft.{name}') for name in ('tests', 'pyft')])"
+    )
+    found = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(ROOT))
+    assert found.strip() == "[None, None]"

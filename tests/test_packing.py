@@ -5,12 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -20,7 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from pyft.finetune.packing import PackedDataset, collate, pack
+from pyft.finetune.packing import PackedDataset, collate, isolates, pack
 from pyft.finetune.template import IGNORE, Encoded
 
 VOCABULARY = 64
@@ -113,6 +117,31 @@ def test_logits_of_a_packed_sequence_are_those_of_the_sequence_alone(
         only = {key: value[:1] for key, value in batch.items()}
         single = model(**only, use_cache=False).logits
     torch.testing.assert_close(single[0], packed[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_isolates_is_true_where_restarted_positions_are_read(name: str) -> None:
+    model = build(name, "sdpa").train()
+    model.model.layers[1].eval()
+    flags = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    assert isolates(model)
+    assert [module.training for module in model.modules()] == flags
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["opt", "bloom"])
+def test_isolates_is_false_where_they_are_not(name: str) -> None:
+    torch.manual_seed(0)
+    common = {"vocab_size": VOCABULARY, "hidden_size": 32, "pad_token_id": 0}
+    model: PreTrainedModel
+    if name == "opt":
+        shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}
+        model = OPTForCausalLM(OPTConfig(**common, **shape, ffn_dim=48))
+    else:
+        model = BloomForCausalLM(BloomConfig(**common, n_layer=2, n_head=4))
+    assert not isolates(model)
 
 
 def test_the_isolation_test_can_fail() -> None:

@@ -468,3 +468,43 @@ def test_quantized_weight_shows_in_the_report_without_an_adapter() -> None:
         "pyft.lora_linear over nf4",
         "no adapter on it",
     )
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_distributed_data_parallel(quant: str | None, tmp_path: Path) -> None:
+    """One process over gloo: constructing DDP broadcasts parameters, which a packed one refuses."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        model = pyft.prepare(build_model("llama"), quant=quant, lora=config()).train()
+        ids = tokens()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        parallel(input_ids=ids, labels=ids).loss.backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        expected = step(model, ids)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items())
+    before = set(vars(build_model("llama")))
+    pyft.revert(model)
+    assert "_ddp_params_and_buffers_to_ignore" not in {*vars(model)} - before
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_autocast_answers_in_the_dtype_peft_answers_in(quantized: bool) -> None:
+    base = nn.Linear(64, 32)
+    if quantized:
+        base.weight = nn.Parameter(pyft.quantize(base.weight.detach()), requires_grad=False)
+    model = get_peft_model(nn.Sequential(base), LoraConfig(target_modules=["0"]))
+    x = torch.randn(3, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x).dtype
+        pyft.apply(model)
+        assert model(x).dtype == expected == torch.bfloat16
+
+
+def test_prepare_refuses_what_it_cannot_prepare() -> None:
+    with pytest.raises(pyft.UsageError, match="PeftModelForCausalLM is neither"):
+        pyft.prepare(adapted())

@@ -3,6 +3,8 @@
 import io
 import json
 import random
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from pyft.finetune.model import load_tokenizer
 from pyft.finetune.quality import NEAR, Quality, check, check_file, near_pairs
 from pyft.finetune.template import IGNORE, NOTES, Encoded
 
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 WORDS = [f"word{number}" for number in range(400)]
 CONTROL = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
 
@@ -211,6 +214,10 @@ def test_without_datasketch_the_rest_is_checked_and_it_is_said(
     rows = [Row(1, text="a b c d"), Row(2, text="a b c d")]
     result = check(file_of(rows), [], [])
     assert [f.code for f in result.findings] == ["exact-duplicate", "near-not-checked"]
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+    extra = re.search(r"pip install 'pyft\[(\w+)\]'", result.findings[1].message)
+    needed = project["optional-dependencies"][extra[1]] if extra else []
+    assert any(requirement.startswith("datasketch") for requirement in needed)
 
 
 def encoded(line: int, total: int, supervised: int, cut: int = 0, lost: int = 0) -> Encoded:

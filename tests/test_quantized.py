@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from shapes import QUANTIZED_DTYPES, dtype_name
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyft
 from pyft.errors import UsageError
@@ -245,3 +246,19 @@ def test_compile_whole(double_quant: bool) -> None:
     torch.testing.assert_close(y, linear(x))
     grad = torch.autograd.grad(y.square().sum(), x)
     torch.testing.assert_close(grad, torch.autograd.grad(linear(x).square().sum(), x))
+
+
+def test_fake_tensors_give_shapes_and_touch_no_memory() -> None:
+    with FakeTensorMode():
+        q = pyft.quantize(torch.empty(8, 65, dtype=torch.bfloat16))
+        dense = q.dequantize()
+    assert [part.numel() for part in q.parts()] == [260, 9, 1, 1]
+    assert dense.shape == (8, 65)
+    assert dense.dtype == torch.bfloat16
+
+
+def test_compiled_uses_decode_too() -> None:
+    w = pyft.quantize(torch.randn(8, 64))
+    x = torch.randn(3, 64)
+    compiled = torch.compile(lambda x: x @ w.t(), backend="aot_eager")
+    assert torch.equal(compiled(x), x @ w.dequantize().t())

@@ -433,6 +433,37 @@ def test_resume_of_nothing_and_of_a_finished_run(files: Path) -> None:
         finetune(job_config(files, resume=True, rank=2))
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"replay": 0.5}, "replay: no general text is left"),
+        ({"tensorboard": True}, "tensorboard: is not installed"),
+    ],
+)
+def test_what_is_refused_leaves_a_finished_output_as_it_was(
+    files: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], told: str
+) -> None:
+    finetune(job_config(files, max_steps=1))
+    places = [path for path in sorted((files / "out").rglob("*")) if path.is_file()]
+    before = {path: path.read_bytes() for path in places}
+    (files / "general.jsonl").write_text('{"text": "one passage alone"}\n', encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UsageError, match=told):
+        finetune(job_config(files, overwrite=True, **changes))
+    places = [path for path in sorted((files / "out").rglob("*")) if path.is_file()]
+    assert {path: path.read_bytes() for path in places} == before
+
+
+def test_resume_refuses_another_base(files: Path) -> None:
+    finetune(job_config(files, max_steps=1))
+    model = AutoModelForCausalLM.from_pretrained(files / "base")
+    model.model.embed_tokens.weight.data.neg_()
+    model.lm_head.weight.data.neg_()
+    model.save_pretrained(files / "base")
+    with pytest.raises(UsageError, match="the base model has changed since"):
+        finetune(job_config(files, max_steps=1, resume=True))
+
+
 def test_findings_are_fatal_with_strict_before_anything_is_written(files: Path) -> None:
     with (files / "data.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"prompt": "what?", "completion": ""}\n')

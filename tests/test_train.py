@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
@@ -29,6 +31,7 @@ from pyft.finetune.batches import Packed, replay_rows
 from pyft.finetune.config import Config
 from pyft.finetune.forgetting import GeneralText
 from pyft.finetune.loop import Loop, plan
+from pyft.finetune.report import write_report
 from pyft.finetune.template import Encoded
 
 VOCABULARY = 258
@@ -543,6 +546,48 @@ def test_result_is_json_and_complete(tmp_path: Path) -> None:
     assert performance["peak_host_bytes"] > 50 << 20
     assert performance["tokens_per_second"] == performance["tokens"] / performance["seconds"]
     assert performance["tokens"] == result["curve"][-1]["tokens"] == 8 * 30.5
+
+
+def test_a_comparison_of_kernels_that_fails_costs_no_result(tmp_path: Path) -> None:
+    def parity(loaded: Any, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+        raise KeyError("vision_tower.q_proj")
+
+    console = quiet_console()
+    config = job_config(tmp_path, max_steps=1)
+    result = train_tiny(config, console=console, parity=parity)
+    why = "not compared: KeyError: 'vision_tower.q_proj'"
+    assert result["outcome"] == "finished"
+    assert [(row["quantity"], row["passed"]) for row in result["parity"]] == [(why, False)]
+    assert isinstance(console.file, io.StringIO)
+    assert f"kernel parity: {why}" in console.file.getvalue().splitlines()
+    report = write_report({"outcome": "finished", "parity": result["parity"]}, tmp_path)
+    assert "KeyError" in report.read_text(encoding="utf-8")
+
+
+def test_rows_are_packed_only_where_the_model_isolates_them(tmp_path: Path) -> None:
+    opt = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=16, ffn_dim=32, num_hidden_layers=1,
+        num_attention_heads=2, word_embed_proj_dim=16, pad_token_id=0, dropout=0.0,
+    )  # fmt: skip
+    base: Any = OPTForCausalLM(opt)
+    shown = quiet_console()
+    config = job_config(tmp_path, pack=True, max_steps=1, batch_size=8, gradient_accumulation=1)
+    expected = unpacked_loss(base, ROWS).item()
+    alone = Loaded(adapted(base), byte_tokenizer(), "OPTForCausalLM")
+    result = train_tiny(config, alone, console=shown, valid_encoded=HELD_OUT)
+    why = "OPTForCausalLM lets packed rows see each other"
+    assert result["data"]["packing"] == f"off: {why}"
+    assert result["data"]["packed_rows"] == len(ROWS)
+    assert result["curve"][0]["loss"] == pytest.approx(expected, abs=1e-5)
+    with alone.model.disable_adapter():
+        held_out = unpacked_loss(alone.model, HELD_OUT).item()
+    assert result["evaluations"][0]["loss"] == pytest.approx(held_out, abs=1e-5)
+    assert isinstance(shown.file, io.StringIO)
+    assert f"packing: {why}; rows are not packed" in shown.file.getvalue().splitlines()
+
+    packed = train_tiny(config.model_copy(update={"output": tmp_path / "llama"}))
+    assert packed["data"]["packing"] == "isolated"
+    assert packed["data"]["packed_rows"] < len(ROWS)
 
 
 def test_tensorboard_events_are_written(tmp_path: Path) -> None:

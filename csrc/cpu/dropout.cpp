@@ -29,7 +29,7 @@ void dropout(const void* x, int64_t n, uint64_t seed, uint32_t threshold, float 
   using T = typename Dtype<D>::type;
   const T* from = static_cast<const T*>(x);
   T* to = static_cast<T*>(out);
-  parallel_for(n, 1 << 14, threads, [&](int64_t begin, int64_t end) {  // begin: a multiple of 4
+  parallel_for(n, 1 << 17, threads, [&](int64_t begin, int64_t end) {  // begin: a multiple of 4
     for (int64_t i = begin; i < end; i += 4) {
       const Words words = philox(static_cast<uint64_t>(i) / 4, seed);
       const int64_t count = std::min<int64_t>(4, end - i);

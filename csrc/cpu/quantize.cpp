@@ -6,7 +6,9 @@
 namespace {
 
 constexpr int64_t kNestedBlock = 256;
-constexpr int64_t kGrain = 1 << 16;  // elements below which a thread costs more than it brings
+// Elements below which a thread (half a millisecond to start on a small machine) costs more than it brings.
+constexpr int64_t kEncodeGrain = 1 << 18;
+constexpr int64_t kDecodeGrain = 1 << 20;
 
 const Quantize4* kernels_of(pyft_isa isa) {
 #ifdef PYFT_X86
@@ -66,7 +68,7 @@ pyft_status pyft_cpu_quantize4(const void* x, pyft_dtype dtype, int64_t n, int64
   const auto encode = kernels->encode[dtype];
   const auto* bytes = static_cast<const char*>(x);
   const int64_t blocks = (n + block_size - 1) / block_size;
-  parallel_for(blocks, kGrain / block_size, threads, [&](int64_t begin, int64_t end) {
+  parallel_for(blocks, kEncodeGrain / block_size, threads, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * block_size;
       const int64_t count = std::min(block_size, n - first);
@@ -107,12 +109,12 @@ pyft_status pyft_cpu_dequantize4(const pyft_weight4* weight, int64_t row_begin, 
   auto* bytes = static_cast<char*>(out);
   if (out_stride == w.cols) {  // one long row: threads may meet inside a row
     const int64_t base = row_begin * w.cols;
-    parallel_for(rows * w.cols, kGrain, threads, [&](int64_t begin, int64_t end) {
+    parallel_for(rows * w.cols, kDecodeGrain, threads, [&](int64_t begin, int64_t end) {
       decode_range(w, base + begin, base + end, decode, bytes + begin * item, item);
     });
     return PYFT_OK;
   }
-  parallel_for(rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, w.cols)), threads,
+  parallel_for(rows, std::max<int64_t>(1, kDecodeGrain / std::max<int64_t>(1, w.cols)), threads,
                [&](int64_t begin, int64_t end) {
                  for (int64_t r = begin; r < end; ++r) {
                    const int64_t first = (row_begin + r) * w.cols;

@@ -275,7 +275,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
 
 def _nearest(key: str) -> str:
     near = difflib.get_close_matches(key.replace("-", "_"), Config.model_fields, n=1, cutoff=0.5)
-    return f"write {near[0]}" if near else f"the keys are {', '.join(Config.model_fields)}"
+    return f"write {near[0]}" if near else "see pyft finetune --help"
 
 
 def _explain(
@@ -302,22 +302,31 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        value = yaml.safe_load(text)
+        return _mapping(path, yaml.SafeLoader(text))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or "cannot be parsed"
         message = f"{where}: is not valid YAML ({problem}); write one 'key: value' per line"
         raise UsageError(message) from None
-    if value is None or node is None:
+
+
+def _mapping(path: Path, loader: yaml.SafeLoader) -> tuple[dict[str, Any], dict[str, int]]:
+    """The values and lines of the keys as written; YAMLError where the text is not YAML."""
+    node = loader.get_single_node()
+    if node is None or node.tag == "tag:yaml.org,2002:null":
         return {}, {}
-    if not isinstance(value, dict):
+    if not isinstance(node, yaml.MappingNode):
         raise UsageError(f"{path}: holds no keys; write one 'key: value' per line")
+    values: dict[str, Any] = {}
     lines: dict[str, int] = {}
-    for name, _ in node.value:
-        line = name.start_mark.line + 1
-        if name.value in lines:
-            raise UsageError(f"{path}, line {line}: {name.value} is there twice; keep one of them")
-        lines[name.value] = line
-    return {name.value: value[key] for (name, _), key in zip(node.value, value, strict=True)}, lines
+    for name, item in node.value:
+        key, line = name.value, name.start_mark.line + 1
+        if not isinstance(name, yaml.ScalarNode):
+            raise UsageError(f"{path}, line {line}: a key is a list or a mapping; write a name")
+        if name.tag == "tag:yaml.org,2002:merge":
+            raise UsageError(f"{path}, line {line}: {key}: merge keys are not read; copy the keys")
+        if key in lines:
+            raise UsageError(f"{path}, line {line}: {key} is there twice; keep one of them")
+        values[key], lines[key] = loader.construct_object(item, deep=True), line
+    return values, lines

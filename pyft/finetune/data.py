@@ -83,7 +83,8 @@ class Row:
     """One example: `line` is its 1-based line; exactly one of `messages` and `text` is set.
 
     `messages` are dictionaries of `role` (system, user, assistant) and `content`: at most one
-    system message, first, then user and assistant in turns, the assistant last.
+    system message, first, then user and assistant in turns, the assistant last; a row read with
+    answers=False may end with the user.
     """
 
     line: int
@@ -121,29 +122,31 @@ class _Bad(Exception):
         self.code, self.detail = code, detail
 
 
-def read_rows(path: str | Path, shape: str = "auto") -> RowFile:
+def read_rows(path: str | Path, shape: str = "auto", answers: bool = True) -> RowFile:
     """Read a data file. `shape` is "auto" or a key of `SHAPES`; the shape found is in the result.
 
-    Raises UsageError for a missing or unreadable file, a directory, bytes that are not UTF-8 (with
-    the line), an unknown shape, a file with no row, and one with no usable row (with the reason).
+    With answers=False a row may be a prompt alone: {"prompt": ...}, {"instruction": ...}, or
+    messages that end with the user. Raises UsageError for a missing or unreadable file, a
+    directory, bytes that are not UTF-8 (with the line), an unknown shape, a file with no row, and
+    one with no usable row (with the reason).
     """
     path = Path(path)
     if shape != "auto" and shape not in SHAPES:
         raise UsageError(f"unknown data format {shape!r}: write auto, {', '.join(SHAPES)}")
     source = _read_text(path)
     if path.suffix.lower() in TEXT_SUFFIXES and shape in ("auto", "text"):
-        blocks = _paragraphs(path, source)
+        blocks = _paragraphs(path, source, answers)
         return RowFile(path, "text", blocks, [], len(blocks))
     records = _json_list(path, source) if _is_json_list(path, source) else _json_lines(source)
     if not records:
         raise UsageError(f"{path}: no rows in this file: write one JSON object per line")
     if shape == "auto":
-        shape = _detect(path, records)
+        shape = _detect(path, records, answers)
     rows: list[Row] = []
     problems: dict[tuple[str, str], list[int]] = {}
     for line, record in records:
         try:
-            row, ignored = _parse(line, record, shape)
+            row, ignored = _parse(line, record, shape, answers)
             rows.append(row)
         except _Bad as bad:
             problems.setdefault((bad.code, bad.detail), []).append(line)
@@ -197,13 +200,13 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _paragraphs(path: Path, source: str) -> list[Row]:
+def _paragraphs(path: Path, source: str, answers: bool) -> list[Row]:
     """Blocks between blank lines, one row each; JSON lines in a text file are refused."""
     try:
         first = json.loads(source.strip().split("\n", 1)[0])
     except ValueError:
         first = None
-    if isinstance(first, dict) and _shape_of(first):
+    if isinstance(first, dict) and _shape_of(first, answers):
         raise UsageError(f"{path} holds JSON lines: rename it to {path.stem}.jsonl")
     rows: list[Row] = []
     block: list[str] = []
@@ -280,18 +283,27 @@ def _json_lines(source: str) -> list[tuple[int, Any]]:
 # Records to rows
 
 
-def _shape_of(record: dict[str, Any]) -> str | None:
-    fits = (shape for shape, keys in SHAPES.items() if all(key in record for key in keys))
-    return next(fits, None)
+def _needed(shape: str, answers: bool) -> tuple[str, ...]:
+    """The keys a row must have; the first of them holds the prompt."""
+    return SHAPES[shape] if answers else SHAPES[shape][:1]
 
 
-def _detect(path: Path, records: list[tuple[int, Any]]) -> str:
+def _shape_of(record: dict[str, Any], answers: bool) -> str | None:
+    """The shape whose keys are all there; failing that, for prompts alone, the prompt's."""
+    for whole in (True, answers):
+        for shape in SHAPES:
+            if all(key in record for key in _needed(shape, whole)):
+                return shape
+    return None
+
+
+def _detect(path: Path, records: list[tuple[int, Any]], answers: bool) -> str:
     """The shape of most rows; ties go to the shape seen first."""
     objects = [(line, record) for line, record in records if isinstance(record, dict) and record]
-    votes = Counter(shape for _, record in objects if (shape := _shape_of(record)))
+    votes = Counter(shape for _, record in objects if (shape := _shape_of(record, answers)))
     if votes:
         return votes.most_common(1)[0][0]
-    known = ", or ".join(" and ".join(keys) for keys in SHAPES.values())
+    known = ", or ".join(" and ".join(_needed(shape, answers)) for shape in SHAPES)
     if not objects:
         raise UsageError(
             f"{path}: line {records[0][0]} is not a JSON object, nor is any other: "
@@ -302,7 +314,7 @@ def _detect(path: Path, records: list[tuple[int, Any]]) -> str:
     raise UsageError(f"{path}, line {line}: keys {keys} fit no known format: write {known}")
 
 
-def _parse(line: int, record: Any, shape: str) -> tuple[Row, list[str]]:
+def _parse(line: int, record: Any, shape: str, answers: bool) -> tuple[Row, list[str]]:
     """The row, and the keys that were present but have no use here. Raises _Bad."""
     if isinstance(record, _Bad):
         raise record
@@ -310,9 +322,9 @@ def _parse(line: int, record: Any, shape: str) -> tuple[Row, list[str]]:
         raise _Bad("not-an-object")
     if all(value is None or value == "" or value == [] for value in record.values()):
         raise _Bad("empty-row")
-    missing = [key for key in SHAPES[shape] if key not in record]
+    missing = [key for key in _needed(shape, answers) if key not in record]
     if missing:
-        if other := _shape_of(record):
+        if other := _shape_of(record, answers):
             raise _Bad("other-shape", f"{other}, not {shape}")
         raise _Bad("missing-key", f"no {missing[0]!r}")
     if shape == "text":
@@ -328,13 +340,15 @@ def _parse(line: int, record: Any, shape: str) -> tuple[Row, list[str]]:
         parts = (_text(record.get(key) or "", key) for key in ("instruction", "input"))
         prompt = "\n\n".join(part for part in parts if part.strip())
         messages.append({"role": "user", "content": prompt})
-        messages.append({"role": "assistant", "content": _text(record["output"], "output")})
+        if answers or record.get("output") is not None:
+            messages.append({"role": "assistant", "content": _text(record["output"], "output")})
     elif shape == "prompt_completion":
         messages += _turns(record["prompt"], "prompt", "user", ignored)
-        messages += _turns(record["completion"], "completion", "assistant", ignored)
+        if answers or record.get("completion") is not None:
+            messages += _turns(record["completion"], "completion", "assistant", ignored)
     else:
         messages += _turns(record[SHAPES[shape][0]], SHAPES[shape][0], None, ignored)
-    _check_order(messages)
+    _check_order(messages, answers)
     return Row(line, messages=messages), ignored
 
 
@@ -374,8 +388,11 @@ def _turns(value: Any, key: str, text_role: str | None, ignored: list[str]) -> l
     return messages
 
 
-def _check_order(messages: list[Message]) -> None:
-    """[system], user, assistant, ..., the assistant last, none of them empty. Raises _Bad."""
+def _check_order(messages: list[Message], answers: bool) -> None:
+    """[system], user, assistant, ..., none of them empty; with `answers` the assistant is last.
+
+    Raises _Bad.
+    """
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     for previous, message in zip([None, *turns], turns, strict=False):
         if message["role"] == "system":
@@ -384,7 +401,7 @@ def _check_order(messages: list[Message]) -> None:
             raise _Bad("role-order", "assistant first")
         if previous is not None and previous["role"] == message["role"]:
             raise _Bad("role-order", f"two {message['role']} messages in a row")
-    if not turns or turns[-1]["role"] != "assistant":
+    if not turns or (answers and turns[-1]["role"] != "assistant"):
         raise _Bad("no-answer")
     for message in turns:
         if not message["content"].strip():

@@ -66,10 +66,10 @@ def check_output(config: Config, job: Mapping[str, Any]) -> Literal["new", "resu
     if not others:
         return "new"
     if config.overwrite:
-        if marker is None and not any((output / name).is_file() for name in CONFIGURATIONS):
+        if marker is None:
             raise UsageError(
-                f"output: {output}: does not look like an output of pyft and is not overwritten; "
-                "empty it yourself, or give another directory"
+                f"output: {output}: is not an output of pyft (it has no {MARKER}) and is not "
+                "overwritten; give another directory"
             )
         return "new"
     if marker is None:
@@ -83,6 +83,12 @@ def check_output(config: Config, job: Mapping[str, Any]) -> Literal["new", "resu
             raise UsageError(
                 f"output: {output}: holds another run: {changed}; change it back, give another "
                 "directory, or start again with --overwrite"
+            )
+        if "base" in marker and marker["base"] != fingerprint(config.model):
+            raise UsageError(
+                f"output: {output}: the base model has changed since: {config.model} holds other "
+                "weights; put the old ones back, give another directory, or start again with "
+                "--overwrite"
             )
         return "finished" if marker["state"] == "finished" else "resume"
     if marker["state"] == "finished":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,42 @@ def token_mean_loss(
     total = F.cross_entropy(outputs.logits[:, :-1][wanted].float(), labels[wanted], reduction="sum")
     count = wanted.sum() if num_items_in_batch is None else num_items_in_batch
     return total / count.clamp(min=1)
+
+
+def run_device() -> torch.device:
+    """Where a run computes: the GPU when there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train_in_fp32(model: Any, method: str, dtype: torch.dtype) -> torch.dtype | None:
+    """Make trained weights fp32, so that AdamW loses no small update; the autocast dtype, if any.
+
+    LoRA needs no autocast in bf16 and fp32: frozen layers run in their own dtype, and the adapter
+    follows its input. fp16 needs it for loss scaling, full training to compute below fp32.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    if dtype == torch.float16 or (method == "full" and dtype == torch.bfloat16):
+        return dtype
+    return None
+
+
+def precision(amp: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast to `amp`; nothing when it is None."""
+    return torch.autocast(run_device().type, dtype=amp, enabled=amp is not None)
+
+
+def checkpoint_activations(model: Any, config: Config) -> None:
+    """Turn activation checkpointing on when config says so; unsaid, on a GPU."""
+    on = config.gradient_checkpointing
+    if not (torch.cuda.is_available() if on is None else on):
+        return
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 class Loop(Trainer):

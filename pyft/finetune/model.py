@@ -45,15 +45,15 @@ def load_tokenizer(path: Path, weights: Path | None = None) -> Any:
 
 
 def load_model(config: Config) -> Loaded:
-    """The model of ``config``: read, quantized weight by weight under qlora, with fresh adapters,
-    its linears fused.
+    """The model of ``config`` on its device: quantized under qlora, with adapters, fused.
 
     Raises UsageError for a directory that is not a model, an architecture transformers does not
     know, targets that name no layer, or method qlora where no layer can be quantized.
     """
     tokenizer = load_tokenizer(config.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     quantize = PyftConfig(config.quant) if config.method == "qlora" else None
-    model = load_base(config.model, quantize, compute_dtype(config.dtype))
+    model = load_base(config.model, quantize, compute_dtype(config.dtype), device)
     architecture = type(model).__name__
     if config.method == "full":
         model.requires_grad_(True)
@@ -62,15 +62,15 @@ def load_model(config: Config) -> Loaded:
         raise UsageError(
             f"model: {architecture} has no torch.nn.Linear layer to quantize; take --method lora"
         )
-    model = add_adapters(model, config)
-    return Loaded(model, tokenizer, architecture, apply(model))
+    adapted = add_adapters(model, config).to(device)
+    return Loaded(adapted, tokenizer, architecture, apply(adapted))
 
 
-def load_base(path: Path, quantize: PyftConfig | None, dtype: torch.dtype) -> Any:
+def load_base(path: Path, quantize: PyftConfig | None, dtype: torch.dtype, device: str) -> Any:
     """The bare model; what transformers cannot load becomes a UsageError of one line."""
     check_checkpoint(path)
     try:
-        return load(path, quantize, dtype)
+        return load(path, quantize, dtype, device)
     except UsageError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:

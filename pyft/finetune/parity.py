@@ -1,9 +1,10 @@
 """Kernel parity of a run: the fused ops of the trained model against the reference, on one real
 batch.
 
-For one layer of each kind the batch's own input and output gradient are recorded; the fused op, the
-reference in the same dtype and the reference in float64 (the truth) then run on them. A quantity
-passes when
+For the first layer of each kind (q_proj, down_proj, ...) that the batch runs through, its input and
+output gradient are recorded; the fused op, the reference in the same dtype and the reference in
+float64 (the truth) then run on them. Fused layers that text never reaches, such as those of a
+vision tower, are left out. A quantity passes when
 
     max|fused - truth| <= 2 max|reference - truth| + 4 ulp of its largest value
 """
@@ -29,22 +30,24 @@ def parity(loaded: Any, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
     tensors, as in training.
 
     Returns rows {"op", "module", "backend", "quantity", "max_error", "allowed", "passed"}; empty
-    without fused layers.
+    when no fused layer ran.
     """
-    chosen = dict(_one_of_each_kind(loaded.model))
-    if not chosen:
+    from pyft.integrations.peft import is_fused
+
+    layers = {name: module for name, module in loaded.model.named_modules() if is_fused(module)}
+    if not layers:
         return []
     device = next(loaded.model.parameters()).device
-    with _recording(chosen) as records:
+    with _recording(layers) as records:
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = inputs.pop("labels")
         outputs = loaded.model(**inputs, use_cache=False)
         token_mean_loss(outputs, labels).backward()
     loaded.model.zero_grad(set_to_none=True)
     rows = []
-    for name, layer in chosen.items():
+    for name in (name for name in layers if name in records):
         x, dy = records[name]
-        for quantity, error, allowed in _compare(layer, x, dy):
+        for quantity, error, allowed in _compare(layers[name], x, dy):
             backend = select("lora_linear", x.device)
             found = {"op": "lora_linear", "module": name, "backend": backend, "quantity": quantity}
             rows.append(
@@ -53,30 +56,26 @@ def parity(loaded: Any, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
     return rows
 
 
-def _one_of_each_kind(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The first fused layer of each last name: q_proj, o_proj, down_proj, ..."""
-    from pyft.integrations.peft import is_fused
-
-    seen = set()
-    for name, module in model.named_modules():
-        kind = name.rpartition(".")[2]
-        if is_fused(module) and kind not in seen:
-            seen.add(kind)
-            yield name, module
-
-
 @contextmanager
 def _recording(layers: dict[str, Any]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Record each layer's input rows and the gradient of its output rows."""
+    """Record input rows and the gradient of output rows of the first layer of each kind that runs.
+
+    The kind of a layer is the last part of its name. Filled by a forward and backward inside.
+    """
     records: dict[str, tuple[Tensor, Tensor]] = {}
+    seen = set()
 
     def hook(name: str) -> Callable[..., None]:
+        kind = name.rpartition(".")[2]
+
         def remember(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if kind in seen or not output.requires_grad:
+                return
+            seen.add(kind)
             x = args[0].detach().flatten(0, -2)[:ROWS].clone()
-            if output.requires_grad:
-                output.register_hook(
-                    lambda dy: records.__setitem__(name, (x, dy.flatten(0, -2)[:ROWS].clone()))
-                )
+            output.register_hook(
+                lambda dy: records.__setitem__(name, (x, dy.flatten(0, -2)[:ROWS].clone()))
+            )
 
         return remember
 

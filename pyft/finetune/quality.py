@@ -119,7 +119,7 @@ def check(
             for f in validation_file.findings
         ]
     findings += _similarity(rowfile.rows, train, validation_rows)
-    findings += _encoding(encoded)
+    findings += encoding_findings(encoded)
     if tokenizer is not None:
         findings += _tokenizer(tokenizer, rowfile.rows, encoded)
     order = {"error": 0, "warning": 1, "info": 2}
@@ -180,7 +180,7 @@ def _similarity(
 ) -> list[Finding]:
     findings, unique = _exact(rows, train, validation)
     if find_spec("datasketch") is None:
-        text = "near duplicates and near leaks were not looked for: pip install 'pyft[data]'"
+        text = "near duplicates and near leaks were not looked for: pip install 'pyft[finetune]'"
         return [*findings, Finding("near-not-checked", "info", 0, text)]
     trained = {row_key(row) for row in train}
     fresh = [row for row in validation if row_key(row) not in trained]
@@ -355,7 +355,8 @@ def _full(item: Encoded) -> int:
     return len(item.input_ids) + item.truncated
 
 
-def _encoding(encoded: Sequence[Encoded]) -> list[Finding]:
+def encoding_findings(encoded: Sequence[Encoded]) -> list[Finding]:
+    """What encoding did to the rows: tokens cut, answers lost, notes of the chat template."""
     cut = [item for item in encoded if item.truncated]
     lost = sum(item.supervised_lost for item in cut)
     supervised = lost + sum(item.supervised for item in encoded)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,19 @@ from pyft.finetune.batches import Packed, replay_rows
 from pyft.finetune.config import Config
 from pyft.finetune.evaluate import Estimate, evaluate_loss
 from pyft.finetune.forgetting import GeneralText, Point, measure, remember_base
-from pyft.finetune.loop import Loop
+from pyft.finetune.loop import (
+    Loop,
+    checkpoint_activations,
+    precision,
+    run_device,
+    train_in_fp32,
+)
 from pyft.finetune.monitor import Monitor
+from pyft.finetune.packing import isolates
 from pyft.finetune.progress import TrainingProgress, quiet, say
 from pyft.finetune.template import Encoded, trainable
 
+ISOLATED = "isolated"
 Parity = Callable[[Any, dict[str, Tensor]], list[dict[str, Any]]]
 
 
@@ -79,6 +87,9 @@ def finetune(
         found = "; ".join(finding.message for finding in quality.fatal())
         raise UsageError(f"{config.data}: {found}; or leave --strict out")
     general = GeneralText(config.general, tokenizer, config.general_rows, config.max_length)
+    _refuse_early(config, trainable(encoded), trainable(held_out), general)
+    asked = valid_rows[: config.prompts]
+    prompts = [prompt_text(row, tokenizer, template) for row in asked]
     if config.resume and (
         standing == "new" or not checkpoint.checkpoints(config.output / "checkpoints")
     ):
@@ -94,8 +105,6 @@ def finetune(
     if loaded.applied is not None:
         say(console, str(loaded.applied))
     export.claim(config, job, standing)
-    asked = valid_rows[: config.prompts]
-    prompts = [prompt_text(row, tokenizer, template) for row in asked]
 
     def answer() -> list[str]:
         return answers(loaded.model, tokenizer, prompts, config.max_new_tokens, template)
@@ -133,6 +142,23 @@ def finetune(
     return report
 
 
+def _refuse_early(
+    config: Config,
+    train: Sequence[Encoded],
+    valid: Sequence[Encoded],
+    general: GeneralText | None,
+) -> None:
+    """Raise UsageError for what these trainable rows or the installed packages cannot give."""
+    if not train:
+        raise UsageError(f"{config.data}: no row has a token to train on; see the data check")
+    if config.patience is not None and not valid:
+        raise UsageError("patience: there is no validation row; set validation to more, or a file")
+    if config.replay:
+        replay_rows(config.replay, sum(len(row.input_ids) for row in train), general)
+    if config.tensorboard:
+        _summary_writer()
+
+
 @contextmanager
 def _out_of_memory() -> Iterator[None]:
     """Say in one line what an allocation that failed means."""
@@ -167,41 +193,42 @@ def run(
     prompts; `parity(loaded, batch)` compares its fused ops on one real batch.
 
     Returns the report's entries outcome, curve, evaluations, forgetting, task, answers (two lists),
-    parity, performance and data (token counts). Raises PyftError when the loss diverges or a
-    checkpoint cannot be written, UsageError for a checkpoint of another job.
+    parity, performance and data (token counts; packing: "isolated", or "off: " and why). Raises
+    PyftError when the loss diverges or a checkpoint cannot be written, UsageError for a checkpoint
+    of another job.
     """
-    model = loaded.model.to(_device())
+    model = loaded.model.to(run_device())
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    amp = _train_in_fp32(model, config.method, dtype)
+    amp = train_in_fp32(model, config.method, dtype)
     train, valid = trainable(list(train_encoded)), trainable(list(valid_encoded))
-    if not train:
-        raise UsageError(f"{config.data}: no row has a token to train on; see the data check")
-    if config.patience is not None and not valid:
-        raise UsageError("patience: there is no validation row; set validation to more, or a file")
+    _refuse_early(config, train, valid, general)
     if config.replay:
         tokens = sum(len(row.input_ids) for row in train)
         extra, times = replay_rows(config.replay, tokens, general)
         train += extra
         if times > 1:
             say(console, f"replay: the general text is used {times:.1f} times over")
-    packed = Packed(train, config, loaded.tokenizer)
-    held_out = Packed(valid, config, loaded.tokenizer) if valid else None
+    with precision(amp), quiet():
+        packing = _packing(config, loaded, console)
+    layout = config.model_copy(update={"pack": packing == ISOLATED})
+    packed = Packed(train, layout, loaded.tokenizer)
+    held_out = Packed(valid, layout, loaded.tokenizer) if valid else None
     directory = config.output / "checkpoints"
     checkpoint.clean(directory)
     job = checkpoint.job(config)
     found = checkpoint.newest(directory, job)
-    with _precision(amp):
+    with precision(amp):
         remembered = remember_base(model, general) if general and config.method == "full" else None
 
     def measured() -> tuple[Estimate | None, Point | None]:
-        with _precision(amp):
+        with precision(amp):
             loss = evaluate_loss(model, held_out.batches(config.batch_size)) if held_out else None
             return loss, measure(model, general, remembered) if general else None
 
     use_cache = getattr(model.config, "use_cache", None)
     with quiet():
         loop = Loop(config, model, packed.rows, packed.collate, packed.lines, packed.tokens, amp)
-        _checkpointing(model, config)
+        checkpoint_activations(model, config)
         if found is None:
             progress = checkpoint.Progress(job)
             progress.answers_before = answers() if answers else []
@@ -221,10 +248,37 @@ def run(
         if config.method == "full":
             model.to(dtype)
         after = answers() if answers else []
-        checks = parity(loaded, next(packed.batches(1))) if parity else []
+        batch = next(packed.batches(1))
+        checks = _compared(parity, loaded, batch, console) if parity else []
     results = _results(config, progress, exported, general, packed, after, checks)
+    results["data"]["packing"] = packing
     results["forgetting"]["why_no_kl"] = remembered.why_no_kl if remembered else None
     return results
+
+
+def _packing(config: Config, loaded: Any, console: Console) -> str:
+    """ISOLATED when rows may be packed, else "off: " and why; see packing.isolates."""
+    if not config.pack:
+        return "off: pack is false"
+    if isolates(loaded.model):
+        return ISOLATED
+    why = f"{loaded.architecture} lets packed rows see each other"
+    say(console, f"packing: {why}; rows are not packed")
+    return f"off: {why}"
+
+
+def _compared(
+    parity: Parity, loaded: Any, batch: dict[str, Tensor], console: Console
+) -> list[dict[str, Any]]:
+    """The rows of `parity`; when it fails, one failed row that says why."""
+    try:
+        return parity(loaded, batch)
+    except Exception as error:  # whatever it is: the trained weights must still be exported
+        lines = str(error).splitlines() or [""]
+        why = f"not compared: {type(error).__name__}: {lines[0]}"
+        say(console, f"kernel parity: {why}")
+        entry = {"op": "lora_linear", "module": "", "backend": "", "quantity": why}
+        return [{**entry, "max_error": None, "allowed": None, "passed": False}]
 
 
 def _train(
@@ -235,7 +289,10 @@ def _train(
     console: Console,
     resume: Path | None,
 ) -> None:
-    events = _events(config, progress.step) if config.tensorboard else None
+    events = None
+    if config.tensorboard:
+        place = str(config.output / "tensorboard")
+        events = _summary_writer()(place, purge_step=progress.step + 1)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with TrainingProgress(console, loop.steps, progress.step) as display:
@@ -261,47 +318,15 @@ def _settle(config: Config, model: Any, progress: checkpoint.Progress, directory
     return step
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _train_in_fp32(model: Any, method: str, dtype: torch.dtype) -> torch.dtype | None:
-    """Make trained weights fp32, so that AdamW loses no small update; the autocast dtype, if any.
-
-    LoRA needs no autocast in bf16 and fp32: frozen layers run in their own dtype, and the adapter
-    follows its input. fp16 needs it for loss scaling, full training to compute below fp32.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            parameter.data = parameter.data.float()
-    if dtype == torch.float16 or (method == "full" and dtype == torch.bfloat16):
-        return dtype
-    return None
-
-
-def _precision(amp: torch.dtype | None) -> AbstractContextManager[Any]:
-    return torch.autocast(_device().type, dtype=amp, enabled=amp is not None)
-
-
-def _checkpointing(model: Any, config: Config) -> None:
-    on = config.gradient_checkpointing
-    if not (torch.cuda.is_available() if on is None else on):
-        return
-    settings = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-
-
-def _events(config: Config, step: int) -> Any:
+def _summary_writer() -> Any:
+    """The class that writes tensorboard's events; UsageError when it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UsageError(
             "tensorboard: is not installed; pip install 'pyft[log]', or leave it out"
         ) from None
-    return SummaryWriter(str(config.output / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter
 
 
 def _results(

@@ -16,7 +16,7 @@ def obstacle(weight: Any) -> str | None:
         return "its 4-bit weight is not quantized yet; move the model to its device first"
     if state.quant_type != "nf4":
         return f"its 4-bit format is {state.quant_type}, not nf4"
-    if getattr(state, "packing_format_for_cpu", False) or weight.dtype != torch.uint8:
+    if getattr(state, "packing_format_for_cpu", False):
         return (
             "its 4-bit weight was repacked by bitsandbytes for its own CPU kernel; "
             "call pyft.apply before model.eval()"
@@ -38,7 +38,7 @@ def as_quantized(weight: Any) -> QuantizedTensor:
             state.state2.absmax,
             torch.as_tensor(state.offset, device=weight.device).float(),
         )
-    packed = weight.data.view(-1)
+    packed = weight.data.view(torch.uint8).view(-1)  # stored as another dtype for FSDP
     return QuantizedTensor(
         packed, state.absmax, nested, offset, "nf4", state.blocksize, state.shape, state.dtype
     )

@@ -21,6 +21,9 @@ from pyft.integrations import bitsandbytes
 from pyft.ops.lora_linear import lora_linear
 from pyft.quantized import QuantizedTensor
 
+# Where torch's DistributedDataParallel looks for parameters to leave alone.
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -61,6 +64,9 @@ def apply(model: nn.Module) -> ApplyReport:
 
     Returns:
         For each linear of the model what it runs now, or why it was left.
+
+    The adapter is computed in its input's dtype: PEFT's default, fp32 adapters on a bf16 base, is
+    cast to bf16 for the product, while the parameters and their gradients stay fp32.
     """
     entries = []
     inside = {
@@ -84,6 +90,9 @@ def apply(model: nn.Module) -> ApplyReport:
             if isinstance(weight, QuantizedTensor):
                 runs = f"pyft.lora_linear over {weight.format.name}"
             entries.append(Applied(name, runs, "no adapter on it"))
+    frozen = _quantized_names(model)
+    if frozen:  # DistributedDataParallel would broadcast them, which writes
+        model.__dict__[_DDP_IGNORES] = frozen
     return ApplyReport(tuple(entries))
 
 
@@ -92,6 +101,13 @@ def revert(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _Fused):
             module.__class__ = type(module).plain
+    if model.__dict__.get(_DDP_IGNORES) == _quantized_names(model):
+        del model.__dict__[_DDP_IGNORES]
+
+
+def _quantized_names(model: nn.Module) -> list[str]:
+    parameters = model.named_parameters()
+    return [name for name, weight in parameters if isinstance(weight, QuantizedTensor)]
 
 
 def _apply_layer(name: str, layer: LoraLayer) -> Applied:
@@ -110,6 +126,8 @@ def _apply_layer(name: str, layer: LoraLayer) -> Applied:
     why = ""
     if len(layer.active_adapters) > 1:
         why = "while several adapters are active PEFT's forward runs"
+    elif select("dropout", weight.device) == "reference" and _drops(layer):
+        why = "its dropout has no kernel on this device and runs the reference"
     return Applied(
         name, f"pyft.lora_linear on {select('lora_linear', weight.device)} over {kind}", why
     )
@@ -138,6 +156,10 @@ def _obstacle(layer: LoraLayer) -> str | None:
     if not base.weight.is_floating_point() or base.weight.dtype.itemsize < 2:
         return f"its weight is {base.weight.dtype}"
     return None
+
+
+def _drops(layer: LoraLayer) -> bool:
+    return any(isinstance(drop, nn.Dropout) and drop.p > 0 for drop in layer.lora_dropout.values())
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -180,9 +202,10 @@ class _Fused:
         dropout = layer.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and layer.training else 0.0
         scale = layer.scaling[name]
-        return lora_linear(
-            x.to(dtype), weight, lora_a.weight, lora_b.weight, scale, base.bias, p
-        ).to(x.dtype)
+        y = lora_linear(x.to(dtype), weight, lora_a.weight, lora_b.weight, scale, base.bias, p)
+        # Under autocast torch.nn.Linear answers in autocast's dtype, bitsandbytes' in its input's.
+        in_autocast = torch.is_autocast_enabled(x.device.type)
+        return y if in_autocast and not hasattr(base.weight, "quant_state") else y.to(x.dtype)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled by the name of the layer's own class: the fused one is made where it is read."""

@@ -159,6 +159,11 @@ def prepare(
                 linear = model.get_submodule(name)
                 if not isinstance(linear.weight, QuantizedTensor):
                     linear.weight = _packed(linear.weight, quant, block_size, double_quant)
+    elif not isinstance(path_or_model, str | Path):
+        raise UsageError(
+            f"prepare: {type(path_or_model).__name__} is neither a checkpoint directory nor a "
+            "transformers model; pass the base model and its adapters as lora=peft.LoraConfig(...)"
+        )
     else:
         config = PyftConfig(quant, block_size, double_quant) if quant is not None else None
         model = load(Path(path_or_model), config, dtype, device)

@@ -7,7 +7,7 @@ uses it.
 import torch
 from torch import Tensor
 
-from pyft.backend import implementation, select
+from pyft.backend import backend, chosen, device_guard, implementation, select
 from pyft.errors import UsageError
 from pyft.formats import (
     BLOCK_SIZES,
@@ -18,6 +18,7 @@ from pyft.formats import (
     midpoint_table,
     nested_blocks,
 )
+from pyft.op import Primitive
 from pyft.quantized import QuantizedTensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,11 +56,11 @@ def quantize(
             f"quantize: the weight is {what}; pass a float32, bfloat16 or float16 tensor"
         )
     fmt = FORMATS[format]
-    name = select("quantize", w.device)
-    packed, absmax = _quantize4(w.detach(), fmt, block_size, name)
-    nested = offset = None
-    if double_quant:
-        absmax, nested, offset = _quantize_absmax(absmax, name)
+    packed, absmax, nested, offset = _quantize(
+        w.detach(), fmt.name, block_size, double_quant, chosen()
+    )
+    if not double_quant:
+        nested = offset = None
     return QuantizedTensor(packed, absmax, nested, offset, format, block_size, w.shape, w.dtype)
 
 
@@ -85,19 +86,84 @@ def dequantize(
     if dtype not in DTYPES:
         raise UsageError(f"dequantize: dtype {dtype} is not one of float32, bfloat16, float16")
     if out is None:
-        out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    elif out.dtype != dtype or out.shape != q.shape or out.device != q.device:
+        rows = q.shape[0] if q.dim() > 1 and q.numel() else 1
+        stored = (q.packed, q.absmax, q.nested, q.offset, q.format.name, q.block_size)
+        decoded: Tensor = _decode(*stored, rows, q.numel() // rows, dtype, chosen())
+        return decoded.view(q.shape)
+    if out.dtype != dtype or out.shape != q.shape or out.device != q.device:
         raise UsageError(
             f"dequantize: out is {out.dtype} {tuple(out.shape)} on {out.device}; "
             f"it must be {dtype} {tuple(q.shape)} on {q.device}"
         )
-    rows = _as_rows(out)
-    if rows is None:
+    into = _as_rows(out)
+    if into is None:
         raise UsageError(
             f"dequantize: out has strides {out.stride()}; elements of a row must be adjacent"
         )
-    dequantize_rows(q.parts(), q.format, q.block_size, (0, rows.shape[0]), rows.shape[0], rows)
+    dequantize_rows(q.parts(), q.format, q.block_size, (0, into.shape[0]), into.shape[0], into)
     return out
+
+
+def _quantize_now(
+    w: Tensor, format: str, block_size: int, double_quant: bool, name: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The stored tensors of w; nested and offset are empty without double quantization."""
+    with backend(name):
+        name = select("quantize", w.device)
+    with device_guard(w):
+        packed, absmax = _quantize4(w, FORMATS[format], block_size, name)
+        if not double_quant:
+            return packed, absmax, absmax.new_empty(0), absmax.new_empty(0)
+        return packed, *_quantize_absmax(absmax, name)
+
+
+def _fake_quantize(
+    w: Tensor, format: str, block_size: int, double_quant: bool, name: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    blocks = -(-w.numel() // block_size)
+    packed = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
+    absmax = w.new_empty(blocks, dtype=torch.uint8 if double_quant else torch.float32)
+    nested = w.new_empty(nested_blocks(blocks) if double_quant else 0, dtype=torch.float32)
+    return packed, absmax, nested, w.new_empty(() if double_quant else 0, dtype=torch.float32)
+
+
+def _decode_now(
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    format: str,
+    block_size: int,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    name: str,
+) -> Tensor:
+    """The whole weight as a new [rows, cols]."""
+    out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
+    parts = [part for part in (packed, absmax, nested, offset) if part is not None]
+    with backend(name):
+        dequantize_rows(parts, FORMATS[format], block_size, (0, rows), rows, out)
+    return out
+
+
+def _fake_decode(
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    format: str,
+    block_size: int,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    name: str,
+) -> Tensor:
+    return packed.new_empty(rows, cols, dtype=dtype)
+
+
+_quantize = Primitive("quantize", _quantize_now, _fake_quantize)
+_decode = Primitive("dequantize", _decode_now, _fake_decode)
 
 
 def dequantize_rows(
@@ -119,7 +185,8 @@ def dequantize_rows(
     codes = code_table(fmt, out.device)
     absmax_codes = code_table(absmax_format(), out.device) if nested is not None else None
     inputs = (packed, absmax, nested, offset, codes, absmax_codes)
-    kernels.dequantize4(*inputs, total_rows, out.shape[1], block_size, *rows, out)
+    with device_guard(out):
+        kernels.dequantize4(*inputs, total_rows, out.shape[1], block_size, *rows, out)
 
 
 def _quantize4(w: Tensor, fmt: Format, block_size: int, name: str) -> tuple[Tensor, Tensor]:
