@@ -1,5 +1,7 @@
 """Dropout from a seed beside torch's, forward."""
 
+from functools import partial
+
 import pytest
 import torch
 from timing import DEVICE, ratio, synchronised
@@ -13,6 +15,6 @@ def test_dropout(benchmark, dtype):
     with pyft.backend("reference"):
         expected = pyft.dropout(x[:8], 0.1, seed=1)
     assert torch.equal(pyft.dropout(x, 0.1, seed=1)[:8], expected)
-    ours = lambda: pyft.dropout(x, 0.1, seed=1)  # noqa: E731
-    benchmark.extra_info["torch"] = ratio(ours, lambda: torch.nn.functional.dropout(x, 0.1))
+    ours = partial(pyft.dropout, x, 0.1, seed=1)
+    benchmark.extra_info["torch"] = ratio(ours, partial(torch.nn.functional.dropout, x, 0.1))
     benchmark(synchronised(ours))

@@ -2,6 +2,8 @@
 run.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from timing import DEVICE, ratio, synchronised
@@ -21,8 +23,8 @@ def test_quantize(benchmark, weight):
     with pyft.backend("reference"):
         expected = pyft.quantize(weight[:64].contiguous()).packed
     assert torch.equal(pyft.quantize(weight[:64].contiguous()).packed, expected)
-    peer = lambda: bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")  # noqa: E731
-    ours = lambda: pyft.quantize(weight, double_quant=False)  # noqa: E731
+    peer = partial(bnb.quantize_4bit, weight, blocksize=64, quant_type="nf4")
+    ours = partial(pyft.quantize, weight, double_quant=False)
     benchmark.extra_info["bitsandbytes"] = ratio(ours, peer, repeats=3)
     benchmark(synchronised(ours))
 
@@ -36,7 +38,7 @@ def test_dequantize(benchmark, weight):
     packed, state = bnb.quantize_4bit(
         weight, blocksize=64, quant_type="nf4", compress_statistics=True
     )
-    ours = lambda: pyft.dequantize(quantized, out=out)  # noqa: E731
-    benchmark.extra_info["bitsandbytes"] = ratio(ours, lambda: bnb.dequantize_4bit(packed, state))
-    benchmark.extra_info["copy"] = ratio(ours, lambda: out.copy_(weight))
+    ours = partial(pyft.dequantize, quantized, out=out)
+    benchmark.extra_info["bitsandbytes"] = ratio(ours, partial(bnb.dequantize_4bit, packed, state))
+    benchmark.extra_info["copy"] = ratio(ours, partial(out.copy_, weight))
     benchmark(synchronised(ours))
