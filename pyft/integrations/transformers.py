@@ -136,7 +136,7 @@ def prepare(
         The model, or the PeftModel around it, in eval mode; ``pyft.apply`` has been called on it.
 
     Memory: while loading, the process holds what is already packed, the tensor being packed and
-    its packed form, and what the C library keeps of freed blocks (with glibc about 32 MiB).
+    its packed form, and what the C library keeps of freed blocks (with glibc tens of MiB).
 
     Raises:
         UsageError: not a model directory, weights that are not safetensors, an unknown format or
