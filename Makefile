@@ -23,9 +23,9 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/latest.json
 
 # On a machine with a GPU and possibly no network: builds for that GPU with the Python that is there, then tests, then
-# times; results as JSON under $(OUT).
+# times; results as JSON under $(OUT). GPU takes options: GPU=--dry-run prints the plan.
 gpu:
-	$(PYTHON) benchmarks/gpu.py --output $(or $(OUT),benchmarks/results)
+	$(PYTHON) benchmarks/gpu.py --output $(or $(OUT),benchmarks/results) $(GPU)
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix --quiet . || true

@@ -27,24 +27,27 @@ CXX_FLAGS = [
     "-fPIC",
     "-fvisibility=hidden",
     "-ffp-contract=off",
+    "-fno-math-errno",
     "-Wall",
     "-Wextra",
 ]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# GCC 12 warns about its own AVX-512 headers, which read an undefined register on purpose.
+AVX512 = [*(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")), "-mfma", "-mf16c"]
+AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 ISA_FLAGS = {
-    "csrc/cpu/quantize_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    # GCC 12 warns about its own AVX-512 headers, which read an undefined register on purpose.
-    "csrc/cpu/quantize_avx512.cpp": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mfma",
-        "-mf16c",
-        "-Wno-uninitialized",
-        "-Wno-maybe-uninitialized",
-    ],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512vbmi": [*AVX512, "-mavx512vbmi"],
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 LINK_FLAGS = ["-Wl,--exclude-libs,ALL", "-s"]
+
+
+def isa_of(source: str) -> str | None:
+    """The instruction set a file is compiled for, by its name's end; None: any CPU's."""
+    suffix = Path(source).stem.rpartition("_")[2]
+    return suffix if suffix in ISA_FLAGS else None
 
 
 def find_nvcc() -> str | None:
@@ -119,7 +122,8 @@ class Build(build_ext):
             flags = [nvcc, "-O3", "-std=c++17", "--fmad=false", *host, *archs]
         else:
             extra = os.environ.get("PYFT_CXXFLAGS", "").split()
-            flags = [os.environ.get("CXX", "g++"), *CXX_FLAGS, *ISA_FLAGS.get(source, []), *extra]
+            isa = ISA_FLAGS.get(isa_of(source) or "", [])
+            flags = [os.environ.get("CXX", "g++"), *CXX_FLAGS, *isa, *extra]
         self.spawn([*flags, *defines, *includes, "-c", source, "-o", str(target)])
         return str(target)
 
@@ -131,11 +135,11 @@ def extensions() -> list[Extension]:
         *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
     ]
     if not X86:
-        cpu_sources = [source for source in cpu_sources if source not in ISA_FLAGS]
+        cpu_sources = [source for source in cpu_sources if isa_of(source) is None]
     headers = sorted(str(path) for path in Path("csrc").rglob("*.h"))
     cpu = Extension("pyft._cpu", cpu_sources, language="c++", depends=headers)
     cpu.define_macros = [("PYFT_X86", "1")] if X86 else []
-    cpu.extra_link_args = [*LINK_FLAGS, "-pthread", *os.environ.get("PYFT_CXXFLAGS", "").split()]
+    cpu.extra_link_args = [*LINK_FLAGS, "-pthread", "-ldl", *os.environ.get("PYFT_CXXFLAGS", "").split()]
     found = [cpu]
     if nvcc := find_nvcc():
         root = cuda_root(nvcc)

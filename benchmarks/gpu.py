@@ -1,93 +1,204 @@
-"""Everything there is to do on a machine with a GPU, in one go: build for that GPU, test, time;
-results as JSON.
+"""Everything there is to do on a machine with a GPU, in one go and in less than nine minutes.
 
-    python benchmarks/gpu.py --output DIR
+    python benchmarks/gpu.py --output DIR [--only NAME,...] [--dry-run] [--rehearse]
 
-Uses the Python and the packages that are there (torch, pybind11, pytest, pytest-benchmark, peft,
-bitsandbytes) and no network. Each step has its own time limit and its result is written as soon as
-it is known, most valuable first, so that being cut off loses least.
+Uses the Python and the packages that are there and no network; wheels in a folder ``wheels`` or
+``.whl`` of the checkout are unpacked beside them for the run. How steps share the time is in
+gpu_run.py, what they do in pyft.bench and gpu_parts.py; this file plans.
+
+Written under DIR/NAME-OF-THE-GPU: gpu.json (all steps and their results), tests.jsonl (a line a
+test), bench.json, bench.md and bench.png (`pyft bench`), log.txt (what the steps printed).
 """
 
 import argparse
+import importlib.util
 import json
 import os
-import platform
-import subprocess
+import re
+import shutil
+import signal
 import sys
-import time
+import tempfile
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from gpu_run import ROOT, Run, Step
 
-ROOT = Path(__file__).resolve().parent.parent
-TESTS = [f"tests/test_{name}.py" for name in ("devices", "kernels_quantize", "peft", "lora_linear")]
+PARTS = "benchmarks/gpu_parts.py"
+SECONDS = 515.0  # for everything
+
+# Tests by what they are worth on a GPU: these and test_kernels_*.py first, LAST_TESTS at the end.
+GPU_TESTS = (
+    "devices",
+    "quantize",
+    "qlinear",
+    "optim",
+    "lora_linear",
+    "dropout",
+    "bitsandbytes",
+    "peft",
+)
+LAST_TESTS = ("compile_table", "cuda_sim", "native_sanitizers", "packaging")
+CHUNKS = 3  # of the tests that are in neither
 
 
-def run(name: str, command: list[str], limit: float, results: dict[str, Any], output: Path) -> bool:
-    """Run one step; note its exit code, seconds and last lines in ``results`` and write them."""
-    start = time.time()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYFT_CUDA_ARCHS": _architecture()}
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit
-        )
-        code, text = done.returncode, done.stdout + done.stderr
-    except subprocess.TimeoutExpired as error:
-        code, text = -1, f"stopped after {limit:.0f} s\n{error.stdout or b''!r}"
-    tail = text.splitlines()[-40:]
-    results["steps"].append(
-        {
-            "name": name,
-            "code": code,
-            "seconds": time.time() - start,
-            "command": command,
-            "tail": tail,
-        }
+def plan(output: Path, python: str, gpu: bool, parallel: bool, sanitizer: str | None) -> list[Step]:
+    """The steps, most valuable first."""
+    log, bench = output / "tests.jsonl", output / "bench.json"
+    first, middle, last = test_files(ROOT / "tests")
+    no_gpu = "" if gpu else "no GPU is visible to torch"
+    parts = [python, PARTS]
+
+    def tests(name: str, files: Sequence[str], limit: float, least: float = 0.0) -> Step:
+        command = [python, "-m", "pytest", "-q", "-p", "benchmarks.gpu_log", "--tb=short"]
+        command += ["--continue-on-collection-errors", f"--test-log={log}", f"--chunk={name}"]
+        command += ["-n", str(min(8, os.cpu_count() or 1))] if parallel else []
+        return Step(name, [*command, *files], limit, least, lambda text: tally(log, name))
+
+    def checked(tool: str, limit: float, least: float, *options: str) -> Step:
+        name = f"compute-sanitizer {tool}"
+        if sanitizer is None or not gpu:
+            why = no_gpu or "compute-sanitizer is not on this machine"
+            return Step(name, None, limit, missing=why)
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *parts, "kernels", *options]
+        return Step(name, command, limit, least, errors)
+
+    size = [] if gpu else ["--shapes", "1b:k", "--tokens", "16"]
+    ops = ["dequantize", "qlinear", "adamw8bit", "quantize", "lora_linear", "dropout"]
+    files = ["--json", str(bench), "--markdown", str(bench.with_suffix(".md"))]
+    measure = [python, "-m", "pyft.cli", "bench", *ops, "--peers", *size, *files]
+    chunks = [middle[index::CHUNKS] for index in range(CHUNKS)]
+    return [
+        Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 150, 60),
+        Step("environment", [*parts, "environment"], 40, 10, json_line),
+        tests("tests of kernels", first, 130, 60),
+        Step("bench", [*measure, "--budget", "60"], 190, 70, lambda text: timed(bench)),
+        Step("memory", [*parts, "memory"], 50, 15, json_line),
+        checked("memcheck", 80, 30),
+        *(tests(f"tests {i + 1} of {CHUNKS}", chunk, 90) for i, chunk in enumerate(chunks)),
+        Step("chart", [*parts, "chart", str(bench), str(bench.with_suffix(".png"))], 30, 8),
+        checked("racecheck", 60, 0, "--few"),
+        tests("tests of builds", last, 90),
+    ]
+
+
+def test_files(folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """Test files by value: of kernels, the others, and those worth least on a GPU."""
+    there = {path.stem.removeprefix("test_"): path for path in sorted(folder.glob("test_*.py"))}
+    first = [GPU_TESTS[0], *(name for name in there if name.startswith("kernels_")), *GPU_TESTS[1:]]
+    middle = [name for name in there if name not in (*first, *LAST_TESTS)]
+    return tuple(  # type: ignore[return-value]
+        [str(there[name].relative_to(folder.parent)) for name in names if name in there]
+        for names in (first, middle, LAST_TESTS)
     )
-    (output / "gpu.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    print(f"{name}: exit {code}, {time.time() - start:.1f} s", *tail[-5:], sep="\n  ", flush=True)
-    return code == 0
 
 
-def _architecture() -> str:
-    major, minor = torch.cuda.get_device_capability()
-    return f"{major}{minor}a" if major >= 9 else f"{major}{minor}"
+def tally(log: Path, chunk: str) -> dict[str, Any]:
+    """What the lines of tests.jsonl say of one chunk."""
+    counts: dict[str, int] = {}
+    failures = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if entry["chunk"] == chunk:
+            counts[entry["outcome"]] = counts.get(entry["outcome"], 0) + 1
+            if entry["outcome"] == "failed":
+                failures.append({"test": entry["test"], "message": entry["message"]})
+    return {**counts, "failures": failures}
+
+
+def timed(path: Path) -> dict[str, Any]:
+    """How many rows of bench.json were timed, and which were not."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["results"]
+    bad = [
+        f"{row['op']} {row['shape']} {row['variant']}: {row['status']}: {row['reason']}"
+        for row in rows
+        if row["status"] != "ok"
+    ]
+    return {"timed": len(rows) - len(bad), "not timed": len(bad), "reasons": bad}
+
+
+def json_line(text: str) -> Any:
+    """The last line of a step's output, as JSON."""
+    return json.loads(text.strip().splitlines()[-1]) if text.strip() else None
+
+
+def errors(text: str) -> dict[str, int]:
+    """What compute-sanitizer counted; -1 where it did not come to its end."""
+    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
+    return {"errors": int(found[-1]) if found else -1}
+
+
+def unpack(wheels: Path | None, site: Path) -> list[str]:
+    """Unpack wheels into a folder; their names."""
+    names = sorted(wheels.glob("*.whl")) if wheels is not None else []
+    for wheel in names:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
+    return [wheel.name for wheel in names]
+
+
+def find_sanitizer() -> str | None:
+    """compute-sanitizer on the PATH or in the usual place."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(home))
 
 
 def main() -> int:
-    """Build, test and time; 0 when every step passed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Plan, run, print a table; 0 when every step that could run succeeded."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    output = parser.parse_args().output
-    if not torch.cuda.is_available():
-        print("make gpu: no GPU is visible to torch", file=sys.stderr)
+    parser.add_argument("--only", default="", help="names of steps, apart by commas")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to unpack beside")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="without a GPU too: on the CPU, small"
+    )
+    options = parser.parse_args()
+    name, architecture = graphics_card()
+    if name is None and not (options.rehearse or options.dry_run):
+        print("make gpu: no GPU is visible to torch; --rehearse runs on the CPU", file=sys.stderr)
         return 2
-    name = torch.cuda.get_device_name().replace(" ", "-").lower()
-    output = output / name
-    output.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-        "steps": [],
-    }
-    python = sys.executable
-    timing = f"--benchmark-json={output / 'benchmark.json'}"
-    passed = [
-        run("build", [python, "setup.py", "build_ext", "--inplace"], 180, results, output),
-        run("tests", [python, "-m", "pytest", "-q", *TESTS], 240, results, output),
-        run(
-            "bench",
-            [python, "-m", "pytest", "-q", "benchmarks", "--benchmark-only", timing],
-            180,
-            results,
-            output,
-        ),
-    ]
-    return 0 if all(passed) else 1
+    output = options.output.resolve() / re.sub(r"[^a-z0-9]+", "-", (name or "no GPU").lower())
+    parallel = importlib.util.find_spec("xdist") is not None
+    steps = plan(output, sys.executable, name is not None, parallel, find_sanitizer())
+    wanted = [word.strip() for word in options.only.split(",") if word.strip()]
+    if unknown := set(wanted) - {step.name for step in steps}:
+        print(f"make gpu: --only: no step is called {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    steps = [step for step in steps if not wanted or step.name in wanted]
+    if options.dry_run:
+        for step in steps:
+            print(f"{step.name} (at most {step.limit:.0f} s, sure of {step.least:.0f} s):")
+            print(f"  {' '.join(step.command) if step.command else f'skipped: {step.missing}'}")
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the step's processes first
+    with tempfile.TemporaryDirectory() as site:
+        folders = (options.wheels, ROOT / "wheels", ROOT / ".whl")
+        found = next((folder for folder in folders if folder and folder.is_dir()), None)
+        wheels = unpack(found, Path(site))
+        path = os.pathsep.join(filter(None, (str(ROOT), site, os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        if architecture:
+            environment["PYFT_CUDA_ARCHS"] = architecture
+        (output / "tests.jsonl").unlink(missing_ok=True)
+        (output / "log.txt").unlink(missing_ok=True)
+        run = Run(output, environment, options.seconds, facts={"gpu": name, "wheels": wheels})
+        passed = run.go(steps)
+    print(f"\n{run.table()}\n\n{output / 'gpu.json'}")
+    return 0 if passed else 1
+
+
+def graphics_card() -> tuple[str | None, str | None]:
+    """The GPU's name and what to build for, or None, None."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None, None
+    major, minor = torch.cuda.get_device_capability()
+    return torch.cuda.get_device_name(), f"{major}{minor}a" if major >= 9 else f"{major}{minor}"
 
 
 if __name__ == "__main__":

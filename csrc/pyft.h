@@ -22,41 +22,98 @@ typedef enum { PYFT_F32 = 0, PYFT_F16 = 1, PYFT_BF16 = 2 } pyft_dtype;
 
 typedef enum { PYFT_ISA_SCALAR = 0, PYFT_ISA_AVX2 = 1, PYFT_ISA_AVX512 = 2 } pyft_isa;
 
-// A weight of `rows` x `cols` elements in a 4-bit block format, as in pyft/formats.py.
+// How a weight is coded: a Format of pyft/formats.py.
 typedef struct {
-  const uint8_t* packed;  // [ceil(rows * cols / 2)], first element in the high nibble
-  const void* absmax;     // fp32 [blocks], or uint8 [blocks] when `nested` is set; blocks = ceil(rows*cols/block_size)
-  const float* nested;    // fp32 [ceil(blocks / 256)], or NULL: absmax is not nested
-  const float* offset;    // fp32 [1], set when `nested` is
-  const float* codes;     // fp32 [16]
-  const float* absmax_codes;  // fp32 [256], set when `nested` is
+  int bits;                 // 4: two codes a byte, first element in the high nibble; 8
+  int zero_code;            // what every element of a block with scale 0 stores
+  float top;                // a block's span is divided by it to give its scale
+  int e8m0;                 // scales are uint8: the biased exponent of that quotient
+  const float* thresholds;  // fp32 [2^bits - 1], ascending
+  const uint8_t* order;     // [2^bits], the code of each level
+} pyft_coding;
+
+// A quantized weight of `rows` x `cols` elements, as in pyft/formats.py.
+typedef struct {
+  int bits;                  // 4 or 8
+  const uint8_t* packed;     // [ceil(rows * cols * bits / 8)]
+  const void* scales;        // fp32 [blocks], or uint8 [blocks] when `scale_codes` is set
+  const uint8_t* zeros;      // uint8 [blocks], or NULL: no zero points
+  const float* nested;       // fp32 [ceil(blocks / 256)], or NULL: scale_codes are the scales themselves
+  const float* offset;       // fp32 [1], set when `nested` is
+  const float* codes;        // fp32 [2^bits]
+  const float* scale_codes;  // fp32 [256] or NULL
   int64_t rows, cols;
-  int64_t block_size;  // a power of two, 32 .. 4096
-} pyft_weight4;
+  int64_t block_size;  // elements a block: a power of two, 32 .. 4096, or cols; blocks = ceil(rows * cols / block_size)
+} pyft_weight;
+
+// A rectangle of a weight: rows [row_begin, row_end), columns [col_begin, col_end).
+typedef struct {
+  int64_t row_begin, row_end, col_begin, col_end;
+} pyft_slab;
+
+// ---- optimizers with 8-bit states: the equations and the coding of states are those of pyft/reference/optim.py -----
+
+typedef enum { PYFT_ADAMW = 0, PYFT_LION = 1, PYFT_SGD = 2 } pyft_optimizer;
+
+// One parameter. A state is uint8 codes [n] with its absmax fp32 [ceil(n / 256)], or fp32 [n] where absmax is NULL.
+typedef struct {
+  void* param;       // [n] in the call's dtype
+  const void* grad;  // [n] in the call's dtype
+  void* first;       // m
+  void* second;      // v; AdamW only
+  float* first_absmax;
+  float* second_absmax;
+  int64_t n;      // at least 1
+  int64_t block;  // blocks of 256 elements in all tensors before this one
+} pyft_optim_tensor;
+
+typedef struct {
+  pyft_optimizer algorithm;
+  int nesterov;
+  float sign, beta1, rest1, beta2, rest2, keep, decay, step, eps;
+} pyft_optim_rule;
+
+// How many entries a row of `starts` has (three are padding), and how a magnitude finds its own: the exponent and the
+// first 7 bits of the mantissa, counted from 2^-23.
+enum { PYFT_OPTIM_MANTISSA = 7, PYFT_OPTIM_BUCKETS = (23 << 7) + 4 };
+
+typedef struct {
+  const float*
+      codes;  // fp32 [4][256]: the signed map, its midpoints and +inf, the unsigned map, its midpoints and +inf
+  const uint8_t* starts;  // [3][PYFT_OPTIM_BUCKETS]: least code of a bucket: signed x >= 0, signed x < 0, unsigned
+} pyft_optim_maps;
 
 // ---- CPU ----------------------------------------------------------------------------------------------------------
 
 // The best instruction set this CPU and its operating system support.
 pyft_isa pyft_cpu_best_isa(void);
 
-// x [n] in `dtype` -> packed [ceil(n/2)] and absmax fp32 [ceil(n / block_size)].
-// midpoints: fp32 [15]. zero_code: what every element of an all-zero block stores.
-pyft_status pyft_cpu_quantize4(const void* x, pyft_dtype dtype, int64_t n, int64_t block_size, const float* midpoints,
-                               int zero_code, uint8_t* packed, float* absmax, pyft_isa isa, int threads);
+// Asks the operating system for 2 MiB pages behind memory that nothing has been written to yet; `bytes` long.
+pyft_status pyft_cpu_use_huge_pages(void* memory, int64_t bytes);
 
-// x fp32 [n] -> codes uint8 [n] and absmax fp32 [ceil(n / 256)], after subtracting *offset from each element.
-// midpoints: fp32 [255].
-pyft_status pyft_cpu_quantize_absmax(const float* x, int64_t n, const float* offset, const float* midpoints,
-                                     int zero_code, uint8_t* codes, float* absmax);
+// x [n] in `dtype` -> packed [ceil(n * bits / 8)], scales [blocks] (fp32, or uint8 when coding->e8m0) and, where
+// `zeros` is not NULL, a zero point for each block. With 4 bits block_size is even.
+pyft_status pyft_cpu_quantize(const void* x, pyft_dtype dtype, int64_t n, int64_t block_size, const pyft_coding* coding,
+                              uint8_t* packed, void* scales, uint8_t* zeros, pyft_isa isa, int threads);
 
-// Rows [row_begin, row_end) of the weight -> out, whose row r starts at out + (r - row_begin) * out_stride.
-pyft_status pyft_cpu_dequantize4(const pyft_weight4* weight, int64_t row_begin, int64_t row_end, void* out,
-                                 int64_t out_stride, pyft_dtype dtype, pyft_isa isa, int threads);
+// The slab of the weight -> out, whose row r starts at out + (r - row_begin) * out_stride.
+pyft_status pyft_cpu_dequantize(const pyft_weight* weight, const pyft_slab* slab, void* out, int64_t out_stride,
+                                pyft_dtype dtype, pyft_isa isa, int threads);
+
+// y = x Wᵀ + bias: x [m, cols] and y [m, rows] in `dtype`, rows any distance apart; bias [rows] or NULL. W is rounded
+// to `dtype` as pyft_cpu_dequantize does; sums are fp32, rounded once. For small m (the weight is decoded on the fly).
+pyft_status pyft_cpu_qlinear(const void* x, int64_t m, int64_t x_stride, const pyft_weight* weight, const void* bias,
+                             void* y, int64_t y_stride, pyft_dtype dtype, pyft_isa isa, int threads);
 
 // out[i] = keep(i) ? x[i] * scale : 0 for i in [0, n); keep(i): word i % 4 of Philox4x32-10(counter i / 4, key seed)
 // >= threshold. The product is taken in fp32 and rounded once to `dtype`.
 pyft_status pyft_cpu_dropout(const void* x, pyft_dtype dtype, int64_t n, uint64_t seed, uint32_t threshold, float scale,
                              void* out, int threads);
+
+// One step of `count` tensors in place. A block of 256 elements with a new state that is not finite stays as it was.
+// PYFT_ISA_AVX512 runs the AVX2 code on a CPU without VBMI.
+pyft_status pyft_cpu_optim(const pyft_optim_tensor* tensors, int64_t count, pyft_dtype dtype,
+                           const pyft_optim_rule* rule, const pyft_optim_maps* maps, pyft_isa isa, int threads);
 
 // ---- CUDA (pointers are device pointers; `stream` is a cudaStream_t) ---------------------------------------------
 
@@ -66,17 +123,22 @@ int pyft_cuda_device_count(void);
 // The text of the last CUDA error this thread met in these functions.
 const char* pyft_cuda_error_string(void);
 
-// As pyft_cpu_quantize4.
-pyft_status pyft_cuda_quantize4(const void* x, pyft_dtype dtype, int64_t n, int64_t block_size, const float* midpoints,
-                                int zero_code, uint8_t* packed, float* absmax, void* stream);
+// As pyft_cpu_quantize.
+pyft_status pyft_cuda_quantize(const void* x, pyft_dtype dtype, int64_t n, int64_t block_size,
+                               const pyft_coding* coding, uint8_t* packed, void* scales, uint8_t* zeros, void* stream);
 
-// As pyft_cpu_quantize_absmax.
-pyft_status pyft_cuda_quantize_absmax(const float* x, int64_t n, const float* offset, const float* midpoints,
-                                      int zero_code, uint8_t* codes, float* absmax, void* stream);
+// As pyft_cpu_dequantize; one launch, nested scales included.
+pyft_status pyft_cuda_dequantize(const pyft_weight* weight, const pyft_slab* slab, void* out, int64_t out_stride,
+                                 pyft_dtype dtype, void* stream);
 
-// As pyft_cpu_dequantize4; one launch, nested absmax included.
-pyft_status pyft_cuda_dequantize4(const pyft_weight4* weight, int64_t row_begin, int64_t row_end, void* out,
-                                  int64_t out_stride, pyft_dtype dtype, void* stream);
+// As pyft_cpu_qlinear; m <= 64.
+pyft_status pyft_cuda_qlinear(const void* x, int64_t m, int64_t x_stride, const pyft_weight* weight, const void* bias,
+                              void* y, int64_t y_stride, pyft_dtype dtype, void* stream);
+
+// As pyft_cpu_optim, in one launch; `tensors` is in device memory and has `blocks` blocks in all. At most `grid` thread
+// blocks share the work.
+pyft_status pyft_cuda_optim(const pyft_optim_tensor* tensors, int64_t count, int64_t blocks, pyft_dtype dtype,
+                            const pyft_optim_rule* rule, const pyft_optim_maps* maps, int grid, void* stream);
 
 #ifdef __cplusplus
 }

@@ -10,12 +10,14 @@ from pyft.backend import availability, backend
 from pyft.errors import PyftError, UsageError
 
 if TYPE_CHECKING:
+    from pyft import optim
     from pyft.integrations.peft import apply, revert
     from pyft.integrations.transformers import prepare
     from pyft.ops.dropout import dropout
     from pyft.ops.lora_linear import lora_linear
     from pyft.ops.quantize import dequantize, quantize
     from pyft.quantized import QuantizedTensor
+    from pyft.scratch import limit_scratch
 
 __version__ = "0.1.0"
 
@@ -29,7 +31,9 @@ _LAZY = {
     "dequantize": "pyft.ops.quantize",
     "quantize": "pyft.ops.quantize",
     "QuantizedTensor": "pyft.quantized",
+    "limit_scratch": "pyft.scratch",
 }
+_LAZY_MODULES = ("optim",)
 
 __all__ = [
     "PyftError",
@@ -40,7 +44,9 @@ __all__ = [
     "backend",
     "dequantize",
     "dropout",
+    "limit_scratch",
     "lora_linear",
+    "optim",
     "prepare",
     "quantize",
     "revert",
@@ -68,8 +74,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_LAZY[name]), name)
         globals()[name] = value
         return value
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"pyft.{name}")
     raise AttributeError(f"module 'pyft' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_LAZY_MODULES})

@@ -28,7 +28,19 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "triton": "pyft.kernels.quantize",
         "cuda": "pyft.native",
     },
+    "qlinear": {
+        "reference": "pyft.reference.qlinear",
+        "cpu": "pyft.native",
+        "triton": "pyft.kernels.qlinear",
+        "cuda": "pyft.native",
+    },
     "dropout": {"reference": "pyft.reference.dropout", "cpu": "pyft.native"},
+    "optim": {
+        "reference": "pyft.reference.optim",
+        "cpu": "pyft.native",
+        "triton": "pyft.kernels.optim",
+        "cuda": "pyft.native",
+    },
     "lora_linear": {
         "reference": "pyft.reference.lora_linear",
         "cpu": "pyft.ops.lora_linear",
@@ -112,6 +124,18 @@ def device_guard(tensor: "torch.Tensor") -> AbstractContextManager[object]:
         return torch.cuda.device(tensor.device)
     guard: AbstractContextManager[object] = torch.xpu.device(tensor.device)
     return guard
+
+
+def large_empty(
+    shape: tuple[int, ...], dtype: "torch.dtype", device: "torch.device"
+) -> "torch.Tensor":
+    """``torch.empty`` for what may be large: on a CPU in large pages, where there are some."""
+    import torch
+
+    fresh = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and obstacle("quantize", "cpu") is None:
+        importlib.import_module("pyft.native").use_huge_pages(fresh)
+    return fresh
 
 
 def cpu_isa() -> str | None:

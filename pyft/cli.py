@@ -83,7 +83,8 @@ def evaluate(
         Path | None, typer.Option(help="directory of a LoRA adapter for that model")
     ] = None,
     quant: Annotated[
-        str, typer.Option(help="nf4, or none to leave the weights as they are")
+        str,
+        typer.Option(help="a format such as nf4 or int8, or none to leave the weights as they are"),
     ] = "none",
     dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32")] = "auto",
     max_length: Annotated[int, typer.Option(help="tokens per row; longer rows are cut")] = 1024,
@@ -151,6 +152,62 @@ def doctor(json_output: JsonFlag = False) -> None:
         _console().print(show(found))
     if not found["ready"]:
         raise typer.Exit(1)
+
+
+@app.command(short_help="Measure the kernels beside their peers.")
+def bench(
+    ops: Annotated[list[str] | None, typer.Argument(help="what to measure; nothing: all")] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="say what can be measured")] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="run other libraries beside, where installed")
+    ] = False,
+    shapes: Annotated[
+        str | None, typer.Option(help="real layers: a size (8b), a linear (8b:down), a set (small)")
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="a weight's shape NxK; may be repeated")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="rows of activations: 16,512,2048")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16, fp32, or several: bf16,fp32")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="of quantized weights: nf4,int8")] = None,
+    backend: Annotated[
+        str, typer.Option(help="auto, all, reference, cpu, triton, cuda, or several")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    rank: Annotated[int, typer.Option(help="of adapters")] = 16,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own number")] = None,
+    budget: Annotated[float, typer.Option(help="seconds of timing; checks come on top")] = 60,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write the results here; - is the screen")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="write a Markdown table here")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw a chart to this PNG file")] = None,
+) -> None:
+    """Measure the kernels beside a copy, a matmul and other libraries; a wrong answer is not timed.
+
+    Example: pyft bench dequantize qlinear --peers --shapes 8b:gate --json results.json
+    """
+    from pyft.bench.command import Options, listing, wrong
+    from pyft.bench.command import bench as run
+    from pyft.bench.report import tables, to_json
+
+    on_screen = json_file is not None and str(json_file) == "-"
+    console = _console(quiet=on_screen, wide=True)
+    if show_list:
+        console.print(listing())
+        return
+    options = Options(
+        ops or (), peers, shapes, shape or (), tokens, dtype, format, backend, device, threads,
+        rank, budget, json_file, markdown, plot,
+    )  # fmt: skip
+    report = run(options, _command_line(), lambda line: print(line, file=sys.stderr))
+    console.print(tables(report))
+    if on_screen:
+        print(to_json(report))
+    if count := wrong(report):
+        raise PyftError(f"bench: {count} of pyft's own are wrong or failed; see the table's notes")
 
 
 def finetune(config: Path | None = None, json_output: bool = False, **options: Any) -> None:
@@ -270,10 +327,14 @@ def _fail(message: str, code: int, debug: bool) -> NoReturn:
     sys.exit(code)
 
 
-def _console(quiet: bool = False) -> "Console":
+def _console(quiet: bool = False, wide: bool = False) -> "Console":
+    """A console on stdout, or with ``quiet`` on stderr; ``wide``: in a file 160 columns, not 80."""
     from rich.console import Console
 
-    return Console(stderr=quiet)
+    console = Console(stderr=quiet)
+    if wide and not console.is_terminal:
+        console.width = 160
+    return console
 
 
 def _print_json(value: Any) -> None:

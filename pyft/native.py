@@ -55,54 +55,77 @@ def _launch(
         getattr(_cuda(), function)(*arguments, stream)
 
 
-def quantize4(
-    x: Tensor, midpoints: Tensor, zero_code: int, block_size: int, packed: Tensor, absmax: Tensor
-) -> None:
-    """Contiguous x [n] -> packed uint8 [ceil(n/2)], absmax fp32 [ceil(n/block_size)]."""
-    outputs = (packed.data_ptr(), absmax.data_ptr())
-    arguments = (
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        x.numel(),
-        block_size,
-        midpoints.data_ptr(),
-        zero_code,
-        *outputs,
-    )
-    _launch("quantize4", x, arguments, () if x.is_cuda else (isa(), torch.get_num_threads()))
+def use_huge_pages(fresh: Tensor) -> None:
+    """Ask for 2 MiB pages behind a CPU tensor that nothing has been written to yet."""
+    _cpu().use_huge_pages(fresh.data_ptr(), fresh.nbytes)
 
 
-def quantize_absmax(
-    x: Tensor, offset: Tensor, midpoints: Tensor, zero_code: int, codes: Tensor, absmax: Tensor
-) -> None:
-    """fp32 x [n] - offset [] -> codes uint8 [n], absmax fp32 [ceil(n/256)]."""
-    inputs = (x.data_ptr(), x.numel(), offset.data_ptr(), midpoints.data_ptr(), zero_code)
-    _launch("quantize_absmax", x, (*inputs, codes.data_ptr(), absmax.data_ptr()), ())
-
-
-def dequantize4(
+def quantize(
+    x: Tensor,
+    thresholds: Tensor,
+    order: Tensor,
+    zero_code: int,
+    top: float,
+    e8m0: bool,
+    bits: int,
+    block_size: int,
     packed: Tensor,
-    absmax: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+) -> None:
+    """Contiguous x [n] -> packed uint8 [ceil(n * bits / 8)], scales and zeros [blocks]."""
+    source = (x.data_ptr(), DTYPES[x.dtype], x.numel(), block_size)
+    coding = (bits, zero_code, top, e8m0, thresholds.data_ptr(), order.data_ptr())
+    outputs = (packed.data_ptr(), scales.data_ptr(), _address(zeros))
+    cpu_only = () if x.is_cuda else (isa(), torch.get_num_threads())
+    _launch("quantize", x, (*source, *coding, *outputs), cpu_only)
+
+
+def dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
     nested: Tensor | None,
     offset: Tensor | None,
     codes: Tensor,
-    absmax_codes: Tensor | None,
-    rows: int,
-    cols: int,
+    scale_codes: Tensor | None,
+    bits: int,
+    shape: tuple[int, int],
     block_size: int,
-    row_begin: int,
-    row_end: int,
+    slab: tuple[int, int, int, int],
     out: Tensor,
 ) -> None:
-    """Rows [row_begin, row_end) of a [rows, cols] weight -> out [row_end - row_begin, cols], of any
+    """Rows slab[0] to slab[1], columns slab[2] to slab[3] of a weight of ``shape`` -> out, of any
     row stride.
     """
-    inputs = tuple(
-        _address(tensor) for tensor in (packed, absmax, nested, offset, codes, absmax_codes)
-    )
+    stored = (packed, scales, zeros, nested, offset, codes, scale_codes)
     output = (out.data_ptr(), out.stride(0), DTYPES[out.dtype])
-    arguments = (*inputs, rows, cols, block_size, row_begin, row_end, *output)
-    _launch("dequantize4", out, arguments, () if out.is_cuda else (isa(), torch.get_num_threads()))
+    arguments = (bits, *map(_address, stored), *shape, block_size, *slab, *output)
+    cpu_only = () if out.is_cuda else (isa(), torch.get_num_threads())
+    _launch("dequantize", out, arguments, cpu_only)
+
+
+def qlinear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    codes: Tensor,
+    scale_codes: Tensor | None,
+    bits: int,
+    shape: tuple[int, int],
+    block_size: int,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    """x [M, K] and a weight of ``shape`` [N, K] -> out [M, N]; adjacent columns, any row stride."""
+    stored = (packed, scales, zeros, nested, offset, codes, scale_codes)
+    source = (x.data_ptr(), x.shape[0], x.stride(0))
+    output = (_address(bias), out.data_ptr(), out.stride(0), DTYPES[out.dtype])
+    arguments = (*source, bits, *map(_address, stored), *shape, block_size, *output)
+    _launch("qlinear", x, arguments, () if x.is_cuda else (isa(), torch.get_num_threads()))
 
 
 def dropout(x: Tensor, seed: int, threshold: int, scale: float, out: Tensor) -> None:
@@ -110,3 +133,29 @@ def dropout(x: Tensor, seed: int, threshold: int, scale: float, out: Tensor) -> 
     key = seed & 0xFFFF_FFFF_FFFF_FFFF
     arguments = (x.data_ptr(), DTYPES[x.dtype], x.numel(), key, threshold, scale, out.data_ptr())
     _launch("dropout", x, arguments, (torch.get_num_threads(),))
+
+
+OPTIM_ALIGN = 1  # blocks a tensor of ``optim`` is counted up to
+
+
+def optim(
+    table: Tensor,
+    blocks: int,
+    aligned: bool,
+    on: Tensor,
+    codes: Tensor,
+    starts: Tensor,
+    *rule: float,
+) -> None:
+    """One optimizer step over the tensors of ``table``, int64 [tensors, 8] rows of
+    pyft_optim_tensor, whose parameters are like ``on``; ``blocks`` of 256 elements in all, at any
+    address.
+    """
+    count = (table.data_ptr(), len(table), *((blocks,) if on.is_cuda else ()))
+    arguments = (*count, DTYPES[on.dtype], *rule, codes.data_ptr(), starts.data_ptr())
+    if on.is_cuda:
+        processors = torch.cuda.get_device_properties(on.device).multi_processor_count
+        resident = 3 * processors  # thread blocks: every share of the work starts at once
+        _launch("optim", on, (*arguments, resident), ())
+    else:
+        _launch("optim", on, arguments, (isa(), torch.get_num_threads()))

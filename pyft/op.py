@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
+
+from pyft.errors import UsageError
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -24,7 +27,8 @@ def plain(arguments: tuple[Any, ...]) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(type(argument) in _PLAIN for argument in arguments if isinstance(argument, Tensor))
+    tensors = tree_leaves(arguments)
+    return all(type(argument) in _PLAIN for argument in tensors if isinstance(argument, Tensor))
 
 
 class Primitive:
@@ -36,7 +40,7 @@ class Primitive:
     """
 
     def __init__(self, name: str, forward: Callable[..., Any], fake: Callable[..., Any]) -> None:
-        self.forward = forward
+        self.name, self.forward = name, forward
         self.library = torch.library.custom_op(f"pyft::{name}", forward, mutates_args=())
         self.library.register_fake(fake)
 
@@ -50,7 +54,7 @@ class Op(Primitive):
 
     ``save(ctx, inputs, output)`` keeps what the backward needs; ``backward(ctx, *gradients)``
     returns one gradient (or None) for each input and is built from primitives, so that it too is
-    traced whole.
+    traced whole. The gradient of a list of tensors is None: they are constants.
     """
 
     def __init__(
@@ -62,7 +66,7 @@ class Op(Primitive):
         backward: Callable[..., Any],
     ) -> None:
         super().__init__(name, forward, fake)
-        self.library.register_autograd(backward, setup_context=save)
+        self.library.register_autograd(_with_lists(backward), setup_context=_noting_lists(save))
         methods = {
             "forward": staticmethod(forward),
             "setup_context": staticmethod(save),
@@ -72,4 +76,37 @@ class Op(Primitive):
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the op with autograd; through the dispatcher where something watches."""
-        return self.eager.apply(*arguments) if plain(arguments) else self.library(*arguments)
+        if plain(arguments):
+            return self.eager.apply(*arguments)
+        if not torch.compiler.is_compiling() and _in_forward_mode():
+            raise UsageError(f"pyft::{self.name} has no forward-mode derivative; use the backward")
+        return self.library(*arguments)
+
+
+def _in_forward_mode() -> bool:
+    """Whether torch.func.jvp is at work, which would take a missing derivative for zero."""
+    transform = torch._C._functorch.peek_interpreter_stack()
+    return transform is not None and transform.key() == torch._C._functorch.TransformType.Jvp
+
+
+def _noting_lists(save: Callable[..., None]) -> Callable[..., None]:
+    """``save`` that also notes which inputs are lists, and how long they are."""
+
+    def noting(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.lists = {i: len(value) for i, value in enumerate(inputs) if isinstance(value, list)}
+        save(ctx, inputs, output)
+
+    return noting
+
+
+def _with_lists(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``backward`` with a None for each tensor of a list, as torch.library asks; a plain
+    ``autograd.Function`` takes one None for the whole list.
+    """
+
+    def expanded(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        found = backward(ctx, *gradients)
+        lists = ctx.lists
+        return tuple([None] * lists[i] if i in lists else value for i, value in enumerate(found))
+
+    return expanded

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from pyft.errors import UsageError
 from pyft.formats import FORMATS, Format
 
-_INNER = ("packed", "absmax", "nested", "offset")
+_INNER = ("packed", "scales", "zeros", "nested", "offset", "columns")
 _LABELS = (
     torch.float32,
     torch.bfloat16,
@@ -31,53 +31,61 @@ class QuantizedTensor(Tensor):
     """A quantized weight [N, K] (or any shape; rows are the first dimension).
 
     Attributes:
-        packed: uint8 [ceil(n/2)], two codes a byte.
-        absmax: fp32 [blocks], or uint8 [blocks] when double quantization is on.
+        packed: uint8 [ceil(n * bits / 8)].
+        scales: fp32 [blocks]; uint8 [blocks] in e8m0 formats and with double quantization.
+        zeros: uint8 [blocks] in formats with zero points, else None.
         nested, offset: fp32 [ceil(blocks/256)] and fp32 [], or None without double quantization.
         format: the ``pyft.formats.Format``.
-        block_size: elements per absmax.
+        block_size: elements per scale; the length of a row where each row has one.
+        columns: int32 [K] or None: column j as stored is column columns[j] of the weight (GPTQ with
+            activation order groups columns that are not neighbours).
     """
 
     packed: Tensor
-    absmax: Tensor
+    scales: Tensor
+    zeros: Tensor | None
     nested: Tensor | None
     offset: Tensor | None
+    columns: Tensor | None
     format: Format
     block_size: int
 
     @staticmethod
     def __new__(
         cls: type["QuantizedTensor"],
-        packed: Tensor,
-        absmax: Tensor,
-        nested: Tensor | None,
-        offset: Tensor | None,
+        parts: Sequence[Tensor],
         format: str,
         block_size: int,
         shape: Sequence[int],
         dtype: torch.dtype,
     ) -> "QuantizedTensor":
-        """Wrap stored tensors as a weight of this shape and dtype; nothing is copied."""
+        """Wrap stored tensors, in the order of ``parts()``, as a weight of this shape and dtype;
+        nothing is copied.
+        """
         self: QuantizedTensor = Tensor._make_wrapper_subclass(
-            cls, tuple(shape), dtype=dtype, device=packed.device
+            cls, tuple(shape), dtype=dtype, device=parts[0].device
         )
-        self.packed, self.absmax, self.nested, self.offset = packed, absmax, nested, offset
         self.format, self.block_size = FORMATS[format], block_size
+        stored = (*named_parts(parts, self.format), columns_of(parts))
+        for name, part in zip(_INNER, stored, strict=True):
+            setattr(self, name, part)
         return self
 
     @property
     def double_quant(self) -> bool:
-        """Whether absmax is itself stored in 8 bits."""
+        """Whether scales are themselves stored in 8 bits."""
         return self.nested is not None
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of everything stored: codes, absmax, nested absmax, offset."""
+        """Bytes of everything stored: codes, scales, zero points, nested scales, offset."""
         return sum(tensor.nbytes for tensor in self.parts())
 
     def parts(self) -> list[Tensor]:
-        """The stored tensors, in the order packed, absmax, nested, offset; two or four of them."""
-        parts = (self.packed, self.absmax, self.nested, self.offset)
+        """The stored tensors, in the order packed, scales, zeros, nested, offset, columns, without
+        what is None.
+        """
+        parts = (getattr(self, name) for name in _INNER)
         return [part for part in parts if part is not None]
 
     def dequantize(self) -> Tensor:  # type: ignore[override]
@@ -99,11 +107,8 @@ class QuantizedTensor(Tensor):
         self, transform: Callable[[Tensor], Tensor], dtype: torch.dtype
     ) -> "QuantizedTensor":
         """The same weight with every stored tensor transformed."""
-        nested, offset = (
-            None if part is None else transform(part) for part in (self.nested, self.offset)
-        )
-        stored = (transform(self.packed), transform(self.absmax), nested, offset)
-        return QuantizedTensor(*stored, self.format.name, self.block_size, self.shape, dtype)
+        parts = [transform(part) for part in self.parts()]
+        return QuantizedTensor(parts, self.format.name, self.block_size, self.shape, dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[str, int]]:
         names = [name for name in _INNER if getattr(self, name) is not None]
@@ -117,8 +122,8 @@ class QuantizedTensor(Tensor):
         stride: Sequence[int],
     ) -> "QuantizedTensor":
         format, block_size, dtype = context
-        stored = (inner["packed"], inner["absmax"], inner.get("nested"), inner.get("offset"))
-        return QuantizedTensor(*stored, format, block_size, size, dtype)
+        parts = [inner[name] for name in _INNER if name in inner]
+        return QuantizedTensor(parts, format, block_size, size, dtype)
 
     @classmethod
     def __torch_function__(
@@ -173,6 +178,21 @@ class QuantizedTensor(Tensor):
             raise UsageError(_written(function._schema.name))
         decode = pytree.tree_map_only(cls, lambda quantized: quantized.dequantize(), (args, kwargs))
         return function(*decode[0], **decode[1])
+
+
+def named_parts(
+    parts: Sequence[Tensor], fmt: Format
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """packed, scales, zeros, nested and offset from the stored tensors of a weight in ``fmt``."""
+    packed, scales, *rest = parts if columns_of(parts) is None else parts[:-1]
+    zeros = rest.pop(0) if fmt.zero_points else None
+    nested, offset = rest or (None, None)
+    return packed, scales, zeros, nested, offset
+
+
+def columns_of(parts: Sequence[Tensor]) -> Tensor | None:
+    """The order of a weight's columns among its stored tensors, None where they are in order."""
+    return parts[-1] if parts[-1].dtype == torch.int32 else None
 
 
 def _outputs(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

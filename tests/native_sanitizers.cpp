@@ -1,38 +1,60 @@
-// Runs every CPU kernel on buffers of their exact size; built with sanitizers by test_native_sanitizers.py.
+// Runs the CPU kernels on buffers of their exact size; built with sanitizers by test_native_sanitizers.py, which
+// writes formats.h: the tables of pyft/formats.py.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include <array>
+#include <memory>
 #include <random>
 #include <vector>
 
 #include "pyft.h"
 
+struct Format {
+  const char* name;
+  int bits, zero_code;
+  float top;
+  int e8m0, zero_points;
+  std::vector<float> codes, thresholds;
+  std::vector<uint8_t> order;
+};
+
+#include "formats.h"  // const std::vector<Format> formats; const std::vector<float> scale_codes, e8m0_codes;
+
 static std::mt19937 rng(1);
 static int failures = 0, runs = 0;
+static const char* subject = "";
 
 static void expect(bool ok, const char* what, long a, long b, long c) {
   ++runs;
-  if (!ok && ++failures < 20) printf("%s: %ld %ld %ld\n", what, a, b, c);
+  if (!ok && ++failures < 20) printf("%s %s: %ld %ld %ld\n", subject, what, a, b, c);
 }
 
-// Exactly `bytes` of heap; `filler` all over when nothing is to be read from it.
+// Exactly `size` bytes of heap.
 struct Buffer {
-  explicit Buffer(size_t bytes, int filler = 0xA5) : size(bytes), at(static_cast<char*>(malloc(bytes))) {
-    memset(at, filler, bytes);
+  explicit Buffer(size_t bytes) : size(bytes), at(static_cast<char*>(malloc(bytes))) { memset(at, 0xA5, bytes); }
+  template <class T>
+  explicit Buffer(const std::vector<T>& from) : Buffer(from.size() * sizeof(T)) {
+    if (size) memcpy(at, from.data(), size);
   }
   Buffer(const Buffer&) = delete;
   ~Buffer() { free(at); }
-  void randomise() {
-    for (size_t i = 0; i < size; ++i) at[i] = static_cast<char>(rng());
+  Buffer& randomise() {  // every pattern: NaN, infinities and subnormals are among them
+    for (size_t i = 0; i < size; i += 4) {
+      const uint32_t word = rng();
+      memcpy(at + i, &word, size - i < 4 ? size - i : 4);
+    }
+    return *this;
+  }
+  template <class T>
+  T* as() {
+    return reinterpret_cast<T*>(at);
   }
   size_t size;
   char* at;
 };
-
-static bool equal(const Buffer& a, const Buffer& b) { return !a.size || memcmp(a.at, b.at, a.size) == 0; }
 
 template <class T>
 static bool same(const Buffer& a, const Buffer& b, T magnitude, T infinity) {
@@ -52,111 +74,273 @@ static bool same_values(const Buffer& a, const Buffer& b, pyft_dtype dtype) {
   return same<uint16_t>(a, b, 0x7FFF, dtype == PYFT_F16 ? 0x7C00 : 0x7F80);
 }
 
-static float midpoints[15], codes[16], absmax_codes[256], absmax_midpoints[255];
+static bool same_bytes(const Buffer& a, const Buffer& b) { return !a.size || memcmp(a.at, b.at, a.size) == 0; }
 
-static void quantize(long n, long block, pyft_dtype dtype, int threads) {
-  const long blocks = (n + block - 1) / block;
-  Buffer x(n * (dtype == PYFT_F32 ? 4 : 2));
-  x.randomise();  // every pattern: NaN, infinities and subnormals are among them
-  Buffer packed((n + 1) / 2), absmax(blocks * 4);
+static long item_of(pyft_dtype dtype) { return dtype == PYFT_F32 ? 4 : 2; }
+static long bytes_for(long n, int bits) { return (n * bits + 7) / 8; }
+static long blocks_for(long n, long block) { return (n + block - 1) / block; }
+
+// A format's tables in heap blocks of their own size.
+struct Tables {
+  explicit Tables(const Format& f) : codes(f.codes), thresholds(f.thresholds), order(f.order) {
+    coding = {f.bits, f.zero_code, f.top, f.e8m0, thresholds.as<float>(), order.as<uint8_t>()};
+  }
+  Buffer codes, thresholds, order;
+  pyft_coding coding;
+};
+
+static void quantize(const Format& f, Tables& tables, long n, long block, pyft_dtype dtype, int threads) {
+  const long blocks = blocks_for(n, block);
+  Buffer x(n * item_of(dtype));
+  x.randomise();
+  std::array<std::unique_ptr<Buffer>, 3> first;
   for (int isa = 0; isa <= pyft_cpu_best_isa(); ++isa) {
-    Buffer p((n + 1) / 2), m(blocks * 4);
-    const auto status = pyft_cpu_quantize4(x.at, dtype, n, block, midpoints, 7, reinterpret_cast<uint8_t*>(p.at),
-                                           reinterpret_cast<float*>(m.at), static_cast<pyft_isa>(isa), threads);
-    expect(status == PYFT_OK, "quantize4 status", n, block, isa);
+    auto p = std::make_unique<Buffer>(bytes_for(n, f.bits));
+    auto s = std::make_unique<Buffer>(blocks * (f.e8m0 ? 1 : 4));
+    auto z = std::make_unique<Buffer>(f.zero_points ? blocks : 0);
+    uint8_t* zeros = f.zero_points ? z->as<uint8_t>() : nullptr;
+    const auto status = pyft_cpu_quantize(x.at, dtype, n, block, &tables.coding, p->as<uint8_t>(), s->at, zeros,
+                                          static_cast<pyft_isa>(isa), threads);
+    expect(status == PYFT_OK, "quantize status", n, block, isa);
     if (isa == 0) {
-      memcpy(packed.at, p.at, p.size);
-      memcpy(absmax.at, m.at, m.size);
+      first = {std::move(p), std::move(s), std::move(z)};
+      continue;
     }
-    expect(equal(p, packed), "quantize4 packed", n, block, isa);
-    expect(equal(m, absmax), "quantize4 absmax", n, block, isa);
+    expect(same_bytes(*p, *first[0]), "codes", n, block, isa);
+    expect(f.e8m0 ? same_bytes(*s, *first[1]) : same_values(*s, *first[1], PYFT_F32), "scales", n, block, isa);
+    expect(same_bytes(*z, *first[2]), "zero points", n, block, isa);
   }
 }
 
-static void quantize_absmax(long n) {
-  Buffer x(n * 4), offset(4), out(n), absmax((n + 255) / 256 * 4);
-  x.randomise();
-  const float mean = 0.25f;
-  memcpy(offset.at, &mean, 4);
-  const auto status =
-      pyft_cpu_quantize_absmax(reinterpret_cast<float*>(x.at), n, reinterpret_cast<float*>(offset.at), absmax_midpoints,
-                               127, reinterpret_cast<uint8_t*>(out.at), reinterpret_cast<float*>(absmax.at));
-  expect(status == PYFT_OK, "quantize_absmax status", n, 0, 0);
-}
+// A weight of random bytes; `sane`: with scales that a product can be told the error of.
+struct Weight {
+  Weight(const Format& f, Tables& tables, long rows, long cols, long block, bool nest, bool sane = false)
+      : packed(bytes_for(rows * cols, f.bits)),
+        scales(blocks_for(rows * cols, block) * (nest || f.e8m0 ? 1 : 4)),
+        zeros(f.zero_points ? blocks_for(rows * cols, block) : 0),
+        nested(nest ? blocks_for(blocks_for(rows * cols, block), 256) * 4 : 0),
+        offset(4),
+        scale_table(f.e8m0 ? e8m0_codes : scale_codes) {
+    for (Buffer* part : {&packed, &scales, &zeros, &nested, &offset}) part->randomise();
+    for (size_t i = 0; i < zeros.size; ++i) zeros.at[i] &= 15;
+    if (sane) {
+      if (f.bits == 8) {
+        for (size_t i = 0; i < packed.size; ++i) packed.at[i] = static_cast<char>(f.order[rng() % 200]);
+      }
+      for (size_t i = 0; i < scales.size && f.e8m0; ++i) scales.at[i] = static_cast<char>(120 + rng() % 5);
+      for (size_t i = 0; i < scales.size / 4 && !f.e8m0 && !nest; ++i) scales.as<float>()[i] = (rng() % 100) / 100.0f;
+      for (size_t i = 0; i < nested.size / 4; ++i) nested.as<float>()[i] = 0.5f;
+      *offset.as<float>() = 1.0f;
+    }
+    weight = {f.bits,
+              packed.as<uint8_t>(),
+              scales.at,
+              f.zero_points ? zeros.as<uint8_t>() : nullptr,
+              nest ? nested.as<float>() : nullptr,
+              nest ? offset.as<float>() : nullptr,
+              tables.codes.as<float>(),
+              nest || f.e8m0 ? scale_table.as<float>() : nullptr,
+              rows,
+              cols,
+              block};
+  }
+  Buffer packed, scales, zeros, nested, offset, scale_table;
+  pyft_weight weight;
+};
 
-static void dequantize(long rows, long cols, long begin, long end, long gap, long block, bool nested, pyft_dtype dtype,
-                       int threads) {
-  const long n = rows * cols, blocks = (n + block - 1) / block, item = dtype == PYFT_F32 ? 4 : 2;
-  Buffer packed((n + 1) / 2), absmax(blocks * (nested ? 1 : 4)), outer((blocks + 255) / 256 * 4), offset(4);
-  for (Buffer* part : {&packed, &absmax, &outer, &offset}) part->randomise();
-  const pyft_weight4 weight = {reinterpret_cast<uint8_t*>(packed.at),
-                               absmax.at,
-                               nested ? reinterpret_cast<float*>(outer.at) : nullptr,
-                               nested ? reinterpret_cast<float*>(offset.at) : nullptr,
-                               codes,
-                               nested ? absmax_codes : nullptr,
-                               rows,
-                               cols,
-                               block};
-  const long stride = cols + gap, count = end - begin;
-  const size_t size = count ? ((count - 1) * stride + cols) * item : 0;  // the last row has no tail
+static void dequantize(Weight& w, const pyft_slab& slab, long gap, pyft_dtype dtype, int threads, long shift = 0) {
+  const long rows = slab.row_end - slab.row_begin, cols = slab.col_end - slab.col_begin, stride = cols + gap;
+  const size_t size = rows ? ((rows - 1) * stride + cols + shift) * item_of(dtype) : 0;  // the last row has no tail
   Buffer first(size);
   for (int isa = 0; isa <= pyft_cpu_best_isa(); ++isa) {
     Buffer out(size);
-    const auto status =
-        pyft_cpu_dequantize4(&weight, begin, end, out.at, stride, dtype, static_cast<pyft_isa>(isa), threads);
-    expect(status == PYFT_OK, "dequantize4 status", rows, cols, isa);
-    if (isa == 0) memcpy(first.at, out.at, size);
-    expect(same_values(out, first, dtype), "dequantize4 values", rows, cols, isa);
+    const auto status = pyft_cpu_dequantize(&w.weight, &slab, out.at + shift * item_of(dtype), stride, dtype,
+                                            static_cast<pyft_isa>(isa), threads);
+    expect(status == PYFT_OK, "dequantize status", rows, cols, isa);
+    if (isa == 0) {
+      memcpy(first.at, out.at, size);
+    } else {
+      expect(same_values(out, first, dtype), "values", rows, cols, isa);
+    }
+  }
+}
+
+static float value_of(const Buffer& b, size_t i, pyft_dtype dtype) {
+  if (dtype == PYFT_F32) {
+    float x;
+    memcpy(&x, b.at + 4 * i, 4);
+    return x;
+  }
+  uint16_t h;
+  memcpy(&h, b.at + 2 * i, 2);
+  if (dtype == PYFT_BF16) {
+    const uint32_t u = static_cast<uint32_t>(h) << 16;
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+  }
+  const float magnitude = (h >> 10 & 31) ? ldexpf(1024.0f + (h & 1023), (h >> 10 & 31) - 25) : ldexpf(h & 1023, -24);
+  return h & 0x8000 ? -magnitude : magnitude;
+}
+
+static void qlinear(Weight& w, long m, long gap, bool with_bias, pyft_dtype dtype, int threads) {
+  const long n = w.weight.rows, k = w.weight.cols, item = item_of(dtype);
+  Buffer x(m ? ((m - 1) * (k + gap) + k) * item : 0), bias(with_bias ? n * item : 0);
+  auto fill = [&](Buffer& b) {  // about -2 .. 2
+    for (size_t i = 0; i < b.size; i += item) {
+      const float value = static_cast<float>(static_cast<int>(rng() % 257) - 128) / 64;
+      uint32_t u;
+      memcpy(&u, &value, 4);
+      const uint16_t bf16 = u >> 16,
+                     fp16 = (u >> 16 & 0x8000) | (u & 0x7FFFFFFF ? (u >> 13) - (112 << 10) & 0x7FFF : 0);
+      memcpy(b.at + i,
+             dtype == PYFT_F32 ? static_cast<void*>(&u) : const_cast<uint16_t*>(dtype == PYFT_F16 ? &fp16 : &bf16),
+             item);
+    }
+  };
+  fill(x), fill(bias);
+  const size_t size = m ? ((m - 1) * (n + gap) + n) * item : 0;
+  Buffer first(size);
+  for (int isa = 0; isa <= pyft_cpu_best_isa(); ++isa) {
+    Buffer y(size);
+    const auto status = pyft_cpu_qlinear(x.at, m, k + gap, &w.weight, with_bias ? bias.at : nullptr, y.at, n + gap,
+                                         dtype, static_cast<pyft_isa>(isa), threads);
+    expect(status == PYFT_OK, "qlinear status", m, n, k);
+    if (isa == 0) memcpy(first.at, y.at, size);
+    bool close = true, kept = true;
+    for (long i = 0; i < m; ++i) {
+      for (long r = 0; r < n; ++r) {
+        const float a = value_of(y, i * (n + gap) + r, dtype), b = value_of(first, i * (n + gap) + r, dtype);
+        close &= fabsf(a - b) <= 0.02f * (fabsf(b) + sqrtf(static_cast<float>(k) + 1)) || (isinf(a) && isinf(b));
+      }
+      const long tail = i + 1 < m ? gap * item : 0;
+      for (long j = 0; j < tail; ++j) kept &= static_cast<uint8_t>(y.at[(i * (n + gap) + n) * item + j]) == 0xA5;
+    }
+    expect(close, "product", m, n, k);
+    expect(kept, "tail of a row", m, n, k);
   }
 }
 
 static void dropout(long n, pyft_dtype dtype, int threads) {
-  Buffer x(n * (dtype == PYFT_F32 ? 4 : 2)), out(x.size);
+  Buffer x(n * item_of(dtype)), out(x.size);
   x.randomise();
   expect(pyft_cpu_dropout(x.at, dtype, n, rng() * 0x100000001ull, 1u << 30, 1.5f, out.at, threads) == PYFT_OK,
          "dropout status", n, dtype, threads);
 }
 
-int main() {
-  for (int i = 0; i < 16; ++i) codes[i] = (i - 7) / 8.0f;
-  for (int i = 0; i < 15; ++i) midpoints[i] = (codes[i] + codes[i + 1]) / 2;
-  for (int i = 0; i < 256; ++i) absmax_codes[i] = (i - 127) / 128.0f;
-  for (int i = 0; i < 255; ++i) absmax_midpoints[i] = (absmax_codes[i] + absmax_codes[i + 1]) / 2;
-  const pyft_dtype dtypes[] = {PYFT_F32, PYFT_F16, PYFT_BF16};
-  for (pyft_dtype dtype : dtypes) {
-    for (long n = 0; n < 200; ++n) quantize(n, n % 2 ? 32 : 64, dtype, 1);
-    for (long block = 32; block <= 4096; block *= 2) {
-      for (long n : {block - 1, block, block + 1, 3 * block + 17}) quantize(n, block, dtype, 2);
-    }
-    quantize(70 * 4304 + 33, 64, dtype, 3);
-    for (long cols : {0, 1, 2, 7, 31, 32, 33, 64, 97, 100, 4304}) {
-      for (long begin = 0; begin < 5; begin += 3) {
-        for (long gap : {0, 1, 16}) dequantize(5, cols, begin, 5, gap, 64, (cols + begin) % 2, dtype, 2);
-        dequantize(5, cols, begin, begin, 1, 32, false, dtype, 1);
+static void every_size(const Format& f, pyft_dtype dtype) {
+  Tables tables(f);
+  const long rows_of = f.bits == 4 ? 2 : 1;  // rows as blocks have whole bytes
+  for (long n = 0; n < 140; ++n) quantize(f, tables, n, n % 2 ? 32 : 64, dtype, 1);
+  for (long block = 32; block <= 4096; block *= 2) {
+    for (long n : {block - 1, block, block + 1, 3 * block + 17}) quantize(f, tables, n, block, dtype, 2);
+  }
+  for (long row : {1, 3, 17, 33, 50, 129, 777}) quantize(f, tables, 5 * row * rows_of, row * rows_of, dtype, 1);
+  quantize(f, tables, 40 * 4304 + 33, 64, dtype, 3);
+
+  for (long cols : {0, 1, 2, 7, 31, 32, 33, 64, 97, 100, 257, 2152}) {
+    for (long block : {32L, 64L, cols}) {
+      if (block == 0 || (block == cols && (cols * f.bits % 8 || f.e8m0))) continue;
+      Weight w(f, tables, 5, cols, block, !f.e8m0 && cols % 2);
+      for (long begin : {0, 3}) {
+        for (long gap : {0, 1, 16}) dequantize(w, {begin, 5, 0, cols}, gap, dtype, 2);
+        dequantize(w, {begin, 5, cols / 3, cols - cols / 4}, 3, dtype, 1);
+        dequantize(w, {begin, begin, 0, cols}, 1, dtype, 1);
+      }
+      for (long m : {0, 1, 3, 4, 6}) {
+        Weight sane(f, tables, 5, cols, block, !f.e8m0 && m % 2, true);
+        qlinear(sane, m, m % 3, cols % 2, dtype, 2);
       }
     }
-    for (long block = 32; block <= 4096; block *= 2) dequantize(3, 777, 1, 3, 3, block, block % 3, dtype, 1);
-    for (long gap : {0, 5}) dequantize(301, 1031, 1, 301, gap, 128, true, dtype, 3);
-    for (long n : {0, 1, 3, 4, 5, 1001, 40003}) dropout(n, dtype, 3);
   }
-  for (long n : {0, 1, 255, 256, 257, 1000}) quantize_absmax(n);
+  for (long block = 32; block <= 4096; block *= 2) {
+    Weight w(f, tables, 3, 777, block, !f.e8m0 && block % 3 == 1);
+    dequantize(w, {1, 3, 0, 777}, 3, dtype, 1);
+    dequantize(w, {0, 3, 5, 700}, 0, dtype, 1);
+  }
+  Weight wide(f, tables, 301, 1030, 128, !f.e8m0);
+  for (long gap : {0, 5}) dequantize(wide, {1, 301, 0, 1030}, gap, dtype, 3);
+  Weight product(f, tables, 70, 1061, 64, false, true);
+  for (long m : {1, 9}) qlinear(product, m, 1, true, dtype, 3);
+}
 
+// Outputs no cache holds, at any address, and the advice to put them in large pages.
+static void large_outputs(const Format& f, pyft_dtype dtype) {
+  Tables tables(f);
+  const long rows = (33 << 20) / item_of(dtype) / 4096;
+  Weight w(f, tables, rows, 4096, 64, false);
+  dequantize(w, {0, rows, 0, 4096}, 0, dtype, 3);
+  dequantize(w, {0, rows, 0, 4096}, 0, dtype, 2, 1);
+  dequantize(w, {0, rows, 0, 4096}, 32, dtype, 2);
+}
+
+static void huge_pages() {
+  for (long bytes : {0L, 1L, 4096L, (2L << 20) - 1, 2L << 20, 5L << 20, (9L << 20) + 3}) {
+    Buffer memory(bytes), before(bytes);
+    expect(pyft_cpu_use_huge_pages(memory.at, bytes) == PYFT_OK, "huge pages status", bytes, 0, 0);
+    expect(same_bytes(memory, before), "huge pages content", bytes, 0, 0);
+  }
+}
+
+static void bad_arguments() {
+  const Format& f = formats[0];
+  Tables tables(f);
   uint8_t byte = 0;
   float value = 0;
-  const pyft_weight4 weight = {&byte, &value, nullptr, nullptr, codes, nullptr, 1, 1, 64};
   const auto scalar = PYFT_ISA_SCALAR;
+  auto encode = [&](long n, long block, pyft_dtype dtype, int bits) {
+    pyft_coding coding = tables.coding;
+    coding.bits = bits;
+    return pyft_cpu_quantize(&value, dtype, n, block, &coding, &byte, &value, nullptr, scalar, 1);
+  };
+  for (long block : {0, -64, 33}) expect(encode(1, block, PYFT_F32, 4) == PYFT_BAD_ARGUMENT, "bad block", block, 0, 0);
+  for (int bits : {0, 3, 16}) expect(encode(1, 64, PYFT_F32, bits) == PYFT_BAD_ARGUMENT, "bad bits", bits, 0, 0);
+  expect(encode(-1, 64, PYFT_F32, 4) == PYFT_BAD_ARGUMENT, "negative n", 0, 0, 0);
+  expect(encode(1, 64, static_cast<pyft_dtype>(3), 4) == PYFT_BAD_ARGUMENT, "bad dtype", 0, 0, 0);
+
+  Weight w(f, tables, 1, 1, 64, false);
+  auto decode = [&](pyft_slab slab, long stride, long block, int bits) {
+    pyft_weight weight = w.weight;
+    weight.block_size = block, weight.bits = bits;
+    return pyft_cpu_dequantize(&weight, &slab, &value, stride, PYFT_F32, scalar, 1);
+  };
+  const pyft_slab bad[] = {{-1, 1, 0, 1}, {0, 2, 0, 1}, {1, 0, 0, 1}, {0, 1, -1, 1}, {0, 1, 0, 2}, {0, 1, 1, 0}};
+  for (const auto& slab : bad) expect(decode(slab, 4, 64, 4) == PYFT_BAD_ARGUMENT, "bad slab", 0, 0, 0);
   for (long block : {0, -64, 16, 48, 8192}) {
-    const auto status = pyft_cpu_quantize4(&value, PYFT_F32, 1, block, midpoints, 7, &byte, &value, scalar, 1);
-    expect(status == PYFT_BAD_ARGUMENT, "bad block", block, 0, 0);
+    expect(decode({0, 1, 0, 1}, 1, block, 4) == PYFT_BAD_ARGUMENT, "bad block", block, 0, 0);
   }
-  for (auto [begin, end, stride] : {std::array<long, 3>{-1, 1, 1}, {0, 2, 1}, {1, 0, 1}, {0, 1, 0}}) {
-    const auto status = pyft_cpu_dequantize4(&weight, begin, end, &value, stride, PYFT_F32, scalar, 1);
-    expect(status == PYFT_BAD_ARGUMENT, "bad rows", begin, end, stride);
-  }
-  expect(pyft_cpu_quantize4(&value, PYFT_F32, -1, 64, midpoints, 7, &byte, &value, scalar, 1) == PYFT_BAD_ARGUMENT,
-         "negative n", 0, 0, 0);
+  expect(decode({0, 1, 0, 1}, 1, 64, 5) == PYFT_BAD_ARGUMENT, "bad bits", 0, 0, 0);
+  Weight rows(f, tables, 3, 8, 64, false);
+  Buffer out(96);
+  const pyft_slab all = {0, 3, 0, 8};
+  const auto near = pyft_cpu_dequantize(&rows.weight, &all, out.at, 7, PYFT_F32, scalar, 1);
+  expect(near == PYFT_BAD_ARGUMENT, "rows that overlap", 0, 0, 0);
+  expect(pyft_cpu_qlinear(&value, -1, 1, &w.weight, nullptr, &value, 1, PYFT_F32, scalar, 1) == PYFT_BAD_ARGUMENT,
+         "negative m", 0, 0, 0);
   expect(pyft_cpu_dropout(&value, PYFT_F32, -1, 0, 0, 1, &value, 1) == PYFT_BAD_ARGUMENT, "negative n", 1, 0, 0);
+  const auto isa = static_cast<pyft_isa>(9);
+  expect(pyft_cpu_quantize(&value, PYFT_F32, 1, 64, &tables.coding, &byte, &value, nullptr, isa, 1) == PYFT_BAD_ISA,
+         "bad isa", 0, 0, 0);
+}
+
+int main() {
+  const pyft_dtype dtypes[] = {PYFT_F32, PYFT_F16, PYFT_BF16};
+  for (const Format& f : formats) {
+    subject = f.name;
+    for (pyft_dtype dtype : dtypes) every_size(f, dtype);
+  }
+  for (const Format& f : formats) {
+    subject = f.name;
+    if (!strcmp(f.name, "nf4") || !strcmp(f.name, "int8")) large_outputs(f, f.bits == 4 ? PYFT_BF16 : PYFT_F32);
+  }
+  subject = "dropout";
+  for (pyft_dtype dtype : dtypes) {
+    for (long n : {0, 1, 3, 4, 5, 1001, 40003}) dropout(n, dtype, 3);
+  }
+  subject = "memory";
+  huge_pages();
+  subject = "arguments";
+  bad_arguments();
   printf("%d checks, %d failures\n", runs, failures);
   return failures != 0;
 }

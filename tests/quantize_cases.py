@@ -8,73 +8,72 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from shapes import WEIGHT_SHAPES
+from stored_weights import ALL_FORMATS, CPU, DTYPES, Output, shifted, stored_weight
 from torch import Tensor
 
 from pyft.formats import (
     BLOCK_SIZES,
-    NESTED_BLOCK,
+    MXFP4,
     NF4,
-    absmax_format,
+    ROW,
+    Format,
+    blocks_of,
     code_table,
-    midpoint_table,
-    nested_blocks,
+    order_table,
+    threshold_table,
 )
 from pyft.reference import quantize as reference
 
-CPU = torch.device("cpu")
-GUARD = 37  # elements around each output that must stay as they were
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CONTENTS = ("normal", "zeros", "nan", "inf", "subnormal", "midpoints")
+CONTENTS = ("normal", "zeros", "nan", "inf", "subnormal", "thresholds")
 
 
 class Kernels(Protocol):
     """The functions of ``pyft.native`` and ``pyft.kernels.quantize``."""
 
-    def quantize4(
+    def quantize(
         self,
         x: Tensor,
-        midpoints: Tensor,
+        thresholds: Tensor,
+        order: Tensor,
         zero_code: int,
+        top: float,
+        e8m0: bool,
+        bits: int,
         block_size: int,
         packed: Tensor,
-        absmax: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
     ) -> None:
-        """x [n] -> packed, absmax."""
+        """x [n] -> packed, scales, zeros."""
 
-    def quantize_absmax(
-        self,
-        x: Tensor,
-        offset: Tensor,
-        midpoints: Tensor,
-        zero_code: int,
-        codes: Tensor,
-        absmax: Tensor,
-    ) -> None:
-        """x [n] - offset -> codes, absmax."""
-
-    def dequantize4(
+    def dequantize(
         self,
         packed: Tensor,
-        absmax: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
         nested: Tensor | None,
         offset: Tensor | None,
         codes: Tensor,
-        absmax_codes: Tensor | None,
-        rows: int,
-        cols: int,
+        scale_codes: Tensor | None,
+        bits: int,
+        shape: tuple[int, int],
         block_size: int,
-        row_begin: int,
-        row_end: int,
+        slab: tuple[int, int, int, int],
         out: Tensor,
     ) -> None:
-        """Rows [row_begin, row_end) -> out."""
+        """Rows slab[0] to slab[1], columns slab[2] to slab[3] -> out."""
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """n weights; ``shift`` elements put the tensors at addresses that wide accesses cannot use."""
+    """A weight of rows x cols; block_size 0 is a row; ``shift`` elements put the tensors at
+    addresses that wide accesses cannot use.
+    """
 
-    n: int
+    format: str
+    rows: int
+    cols: int
     block_size: int
     dtype: str = "fp32"
     content: str = "normal"
@@ -82,55 +81,89 @@ class Quantize:
 
 
 @dataclass(frozen=True)
-class QuantizeAbsmax:
-    """n absmax values."""
-
-    n: int
-    content: str = "normal"
-
-
-@dataclass(frozen=True)
 class Dequantize:
-    """Rows [begin, end) of a weight [rows, cols] into rows ``cols + gap`` apart, with shifts."""
+    """A slab of a weight of rows x cols into rows ``gap`` further apart than they need be."""
 
+    format: str
     rows: int
     cols: int
-    begin: int
-    end: int
-    gap: int = 0
+    slab: tuple[int, int, int, int] | None = None  # None: all of it
     block_size: int = 64
     dtype: str = "bf16"
-    nested: bool = True
+    gap: int = 0
+    nested: bool = False
     packed_shift: int = 0
     out_shift: int = 0
 
 
-Case = Quantize | QuantizeAbsmax | Dequantize
+Case = Quantize | Dequantize
 
-_ALL: list[Case] = [
-    *(Quantize(5 * 100, 64, dtype) for dtype in DTYPES),
-    *(Quantize(9000, block, "bf16") for block in BLOCK_SIZES),
-    *(Quantize(2 * block + 1, block) for block in BLOCK_SIZES),
-    *(Quantize(n, 64, "fp16") for n in (1, 2, 7, 8, 9, 63, 64, 65, 3 * 4304, 31 * 96, 27 * 97)),
-    *(Quantize(700, 128, dtype, what) for dtype in ("fp32", "bf16") for what in CONTENTS),
-    *(Quantize(1111, 64, dtype, shift=1) for dtype in DTYPES),
-    *(QuantizeAbsmax(n) for n in (1, 2, 255, 256, 257, 2500)),
-    *(QuantizeAbsmax(600, what) for what in CONTENTS),
-    *(Dequantize(11, 100, 2, 9, dtype=dtype, nested=n) for dtype in DTYPES for n in (False, True)),
-    *(Dequantize(70, 64, 1, 70, gap=16, dtype=dtype) for dtype in DTYPES),
-    *(Dequantize(5, cols, 1, 5, gap=8) for cols in (1, 8, 64, 96, 97, 100, 4304)),
-    *(Dequantize(3, 777, 1, 3, gap=3, block_size=block, nested=False) for block in BLOCK_SIZES),
-    *(Dequantize(9, 1024, 0, 9, block_size=block, dtype="fp16") for block in BLOCK_SIZES),
-    *(Dequantize(12, 96, 3, 11, gap, packed_shift=1) for gap in (0, 8)),
-    *(Dequantize(12, 96, 3, 11, gap, out_shift=1) for gap in (0, 8)),
-    *(Dequantize(12, cols, 1, 12, gap=-cols % 8) for cols in (97, 98, 100, 513)),
-    Dequantize(1, 1, 0, 1),
-    Dequantize(13, 33, 7, 8),
-    Dequantize(300, 513, 1, 300, block_size=128),
-    Dequantize(6, 64, 4, 4),
-]
+
+def _sizes(fmt: Format, cols: int) -> tuple[int, ...]:
+    """Two block sizes of a format: a flat one, and rows where they have whole bytes."""
+    flat = fmt.block_size or 64
+    return (flat, ROW) if cols and cols * fmt.bits % 8 == 0 and not fmt.e8m0 else (flat,)
+
+
+def _quantize_cases() -> list[Case]:
+    cases: list[Case] = []
+    for name, fmt in ALL_FORMATS.items():
+        for i, (rows, cols) in enumerate(WEIGHT_SHAPES):
+            dtype = list(DTYPES)[i % 3]
+            cases += [Quantize(name, rows, cols, size, dtype) for size in _sizes(fmt, cols)]
+        cases += [Quantize(name, 5, 100, _sizes(fmt, 100)[-1], dtype) for dtype in DTYPES]
+        cases += [
+            Quantize(name, 2, 384, size, dtype, content)
+            for dtype, size in zip(("fp32", "bf16"), (fmt.block_size or 64, 32), strict=True)
+            for content in CONTENTS
+        ]
+        cases += [Quantize(name, 3, 102, size, "bf16", shift=1) for size in _sizes(fmt, 102)]
+        if not fmt.e8m0:
+            cases += [Quantize(name, 3, cols, ROW, "bf16") for cols in (2, 256, 4096, 10000)]
+            cases += [Quantize(name, 2, 258, ROW, content=content) for content in CONTENTS]
+    for name in ("nf4", "int4_zp", "int8"):
+        cases += [Quantize(name, 1, 2 * size + 1, size, "fp16") for size in BLOCK_SIZES]
+        cases += [Quantize(name, 1, n, 64) for n in (1, 2, 7, 8, 9, 63, 64, 65, 27 * 97)]
+    return cases
+
+
+def _dequantize_cases() -> list[Case]:
+    cases: list[Case] = []
+    for name, fmt in ALL_FORMATS.items():
+        both = (False,) if fmt.e8m0 else (False, True)
+        for i, (rows, cols) in enumerate(WEIGHT_SHAPES):
+            dtype = list(DTYPES)[i % 3]
+            for size in _sizes(fmt, cols):
+                nested = both[i % len(both)]
+                cases.append(Dequantize(name, rows, cols, None, size, dtype, nested=nested))
+        cases += [
+            Dequantize(name, 11, 200, (2, 9, 0, 200), size, dtype, 8, nested)
+            for size in _sizes(fmt, 200)
+            for dtype in DTYPES
+            for nested in both
+        ]
+        cases += [
+            Dequantize(name, 6, 1100, (1, 5, *columns), size, "bf16", gap)
+            for size in _sizes(fmt, 1100)
+            for columns, gap in (((32, 640), 16), ((7, 531), 3), ((1024, 1100), 0))
+        ]
+    for name in ("nf4", "int4_zp", "int8"):
+        for size in BLOCK_SIZES:
+            cases.append(Dequantize(name, 3, 777, (1, 3, 0, 777), size, gap=3))
+            cases.append(Dequantize(name, 9, 1024, None, size, "fp16", nested=True))
+        cases += [Dequantize(name, 12, 96, (3, 11, 0, 96), gap=g, packed_shift=1) for g in (0, 8)]
+        cases += [Dequantize(name, 12, 96, (3, 11, 0, 96), gap=g, out_shift=1) for g in (0, 8)]
+        cases += [Dequantize(name, 12, c, (1, 12, 0, c), gap=-c % 8) for c in (97, 98, 100, 513)]
+        cases += [Dequantize(name, 70, 64, (1, 70, 0, 64), gap=16, dtype=dtype) for dtype in DTYPES]
+        cases.append(Dequantize(name, 13, 33, (7, 8, 4, 5)))
+        cases.append(Dequantize(name, 6, 64, (4, 4, 0, 64)))
+        cases.append(Dequantize(name, 6, 64, (1, 4, 9, 9)))
+    return cases
+
+
 CASES: dict[str, Case] = {
-    "-".join([type(case).__name__.lower(), *map(str, vars(case).values())]): case for case in _ALL
+    "-".join([type(case).__name__.lower(), *map(str, vars(case).values())]): case
+    for case in _quantize_cases() + _dequantize_cases()
 }
 
 
@@ -138,8 +171,6 @@ def check(case: Case, kernels: Kernels, device: torch.device) -> str:
     """What is wrong with one case."""
     if isinstance(case, Quantize):
         return _check_quantize(case, kernels, device)
-    if isinstance(case, QuantizeAbsmax):
-        return _check_quantize_absmax(case, kernels, device)
     return _check_dequantize(case, kernels, device)
 
 
@@ -148,158 +179,76 @@ def check_large_offsets(kernels: Kernels, device: torch.device) -> str:
     cols, block_size = 4096, 4096
     rows = 2**31 // cols + 5
     packed = torch.empty(rows * cols // 2, dtype=torch.uint8, device=device)
-    absmax = torch.empty(rows, device=device)
+    scales = torch.empty(rows, device=device)
     generator = torch.Generator().manual_seed(3)
     tail = torch.randint(0, 256, (cols,), dtype=torch.uint8, generator=generator)
-    scales = torch.rand(2, generator=generator)
-    packed[-cols:], absmax[-2:] = tail.to(device), scales.to(device)
-    out = _Output((2, cols), torch.float32, device)
+    last = torch.rand(2, generator=generator)
+    packed[-cols:], scales[-2:] = tail.to(device), last.to(device)
+    out = Output((2, cols), torch.float32, device)
     codes = code_table(NF4, CPU).to(device)
-    sizes = (rows, cols, block_size, rows - 2, rows)
-    kernels.dequantize4(packed, absmax, None, None, codes, None, *sizes, out.tensor)
+    slab, small = (rows - 2, rows, 0, cols), (0, 2, 0, cols)
+    kernels.dequantize(
+        packed, scales, None, None, None, codes, None, 4, (rows, cols), block_size, slab, out.tensor
+    )
     expected = torch.empty(2, cols)
-    reference.dequantize(tail, scales, None, None, NF4, block_size, (0, 2), expected)
+    reference.dequantize(tail, last, None, None, None, NF4, block_size, (2, cols), small, expected)
     return out.differs("out", expected)
 
 
-class _Output:
-    """An output in a buffer that is NaN (or 0xA5) all over before the kernel runs."""
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        gap: int = 0,
-        shift: int = 0,
-    ) -> None:
-        rows, cols = shape if len(shape) == 2 else (1, shape[0])
-        size = 2 * GUARD + rows * (cols + gap)
-        fill = float("nan") if dtype.is_floating_point else 0xA5
-        self.buffer = torch.full((size + 64,), fill, dtype=dtype, device=device)
-        self.before = self.buffer.cpu()
-        start = -(-GUARD // 16) * 16 + shift
-        stride = cols + gap
-        self.tensor = self.buffer.as_strided((rows, cols), (stride, 1), start).view(shape)
-        self.written = torch.zeros(self.buffer.numel(), dtype=torch.bool)
-        self.written.as_strided((rows, cols), (stride, 1), start).fill_(True)
-
-    def differs(self, name: str, expected: Tensor) -> str:
-        """What differs from ``expected``, or was written outside the tensor."""
-        after = self.buffer.cpu()
-        wrong = ~_same_bits(self.tensor.cpu().contiguous(), expected)
-        if wrong.any():
-            at = int(wrong.flatten().nonzero()[0])
-            got = self.tensor.cpu().flatten()[at].item()
-            want = expected.flatten()[at].item()
-            share = f"{int(wrong.sum())} of {wrong.numel()} differ"
-            return f"{name}[{at}] is {got!r}, not {want!r} ({share}); "
-        outside = ~_same_bits(after, self.before) & ~self.written
-        return (
-            f"{name}: {int(outside.sum())} elements outside it were written; "
-            if outside.any()
-            else ""
-        )
-
-
-def _same_bits(a: Tensor, b: Tensor) -> Tensor:
-    if not a.is_floating_point():
-        return a == b
-    bits = torch.int32 if a.dtype == torch.float32 else torch.int16
-    return (a.view(bits) == b.view(bits)) | (a.isnan() & b.isnan())
-
-
-def _values(n: int, content: str, block_size: int) -> Tensor:
-    """fp32 [n]; whatever ``content`` names is in some blocks and not in others."""
-    x = torch.randn(n, generator=torch.Generator().manual_seed(n + block_size))
-    if content == "zeros":
+def _values(case: Quantize, fmt: Format) -> Tensor:
+    """fp32 [rows, cols]; whatever ``content`` names is in some blocks and not in others."""
+    n = case.rows * case.cols
+    x = torch.randn(n, generator=torch.Generator().manual_seed(n + case.block_size))
+    if case.content == "zeros":
         x[: n // 2] = 0.0
         x[: n // 4] *= -1.0
-    elif content in ("nan", "inf"):
-        x[n // 3] = float(content)
-        x[n - 1] = -float(content)
-    elif content == "subnormal":
+    elif case.content in ("nan", "inf"):
+        x[n // 3] = float(case.content)
+        x[n - 1] = -float(case.content)
+    elif case.content == "subnormal":
         x[: n // 2] *= 1e-40
-    elif content == "midpoints":
-        ties = midpoint_table(NF4 if block_size != NESTED_BLOCK else absmax_format(), CPU)
+        x[: n // 4] = -x[: n // 4].abs() * 1e-4  # a few of the smallest fp32 number
+    elif case.content == "thresholds":
+        ties = threshold_table(fmt, CPU)
         ties = torch.cat([ties, torch.nextafter(ties, ties + 1), torch.nextafter(ties, ties - 1)])
-        x = ties.repeat(-(-n // ties.numel()))[:n].clone()
-        x[::block_size] = 1.0
-    return x
-
-
-def _shifted(x: Tensor, shift: int) -> Tensor:
-    """The same values ``shift`` elements further into their storage."""
-    buffer = x.new_empty(x.numel() + shift)
-    buffer[shift:] = x.flatten()
-    return buffer[shift:].view(x.shape)
+        x = ties[ties.isfinite()].repeat(n)[:n].clone()
+        block = case.block_size or case.cols
+        x[::block] = fmt.top  # then the scale is 1
+        if fmt.zero_points:  # or the zero point 7
+            x -= 7
+            x[1::block] = -7
+    return x.view(case.rows, case.cols)
 
 
 def _check_quantize(case: Quantize, kernels: Kernels, device: torch.device) -> str:
-    x = _values(case.n, case.content, case.block_size).to(DTYPES[case.dtype])
-    packed = _Output(((case.n + 1) // 2,), torch.uint8, device, shift=case.shift)
-    absmax = _Output((-(-case.n // case.block_size),), torch.float32, device, shift=case.shift)
-    midpoints = midpoint_table(NF4, CPU).to(device)
-    on_device = _shifted(x.to(device), case.shift)
-    kernels.quantize4(
-        on_device, midpoints, NF4.zero_code, case.block_size, packed.tensor, absmax.tensor
-    )
-    expected_packed, expected_absmax = reference.quantize(x, NF4, case.block_size)
-    return packed.differs("packed", expected_packed) + absmax.differs("absmax", expected_absmax)
-
-
-def _check_quantize_absmax(case: QuantizeAbsmax, kernels: Kernels, device: torch.device) -> str:
-    fmt = absmax_format()
-    x = _values(case.n, case.content, NESTED_BLOCK)
-    if case.content == "zeros":
-        x[:] = x[0]
-    _, _, offset = reference.quantize_absmax(x)
-    if case.content in ("nan", "inf"):
-        offset = torch.tensor(0.5)
-    codes = _Output((case.n,), torch.uint8, device)
-    absmax = _Output((nested_blocks(case.n),), torch.float32, device)
-    midpoints = midpoint_table(fmt, CPU).to(device)
-    kernels.quantize_absmax(
-        x.to(device), offset.to(device), midpoints, fmt.zero_code, codes.tensor, absmax.tensor
-    )
-    expected, expected_absmax = reference.quantize_blocks(x - offset, fmt, NESTED_BLOCK)
-    return codes.differs("codes", expected[: case.n]) + absmax.differs("absmax", expected_absmax)
+    fmt = ALL_FORMATS[case.format]
+    x = _values(case, fmt).to(DTYPES[case.dtype])
+    size = case.block_size or case.cols
+    blocks = blocks_of(x.numel(), size)
+    shift = case.shift
+    packed = Output((-(-x.numel() * fmt.bits // 8),), torch.uint8, device, shift=shift)
+    scale_type = torch.uint8 if fmt.e8m0 else torch.float32
+    scales = Output((blocks,), scale_type, device, shift=shift)
+    zeros = Output((blocks,), torch.uint8, device, shift=shift) if fmt.zero_points else None
+    tables = (threshold_table(fmt, CPU).to(device), order_table(fmt, CPU).to(device))
+    coding = (*tables, fmt.zero_code, fmt.top, fmt.e8m0, fmt.bits, size)
+    outputs = (packed.tensor, scales.tensor, zeros and zeros.tensor)
+    kernels.quantize(shifted(x.to(device), shift).flatten(), *coding, *outputs)
+    expected = reference.quantize(x, fmt, size)
+    wrong = packed.differs("packed", expected[0]) + scales.differs("scales", expected[1])
+    if zeros is None or expected[2] is None:
+        assert zeros is None
+        assert expected[2] is None
+        return wrong
+    return wrong + zeros.differs("zeros", expected[2])
 
 
 def _check_dequantize(case: Dequantize, kernels: Kernels, device: torch.device) -> str:
-    n = case.rows * case.cols
-    blocks = -(-n // case.block_size)
-    generator = torch.Generator().manual_seed(n + case.block_size)
-    packed = torch.randint(0, 256, ((n + 1) // 2,), dtype=torch.uint8, generator=generator)
-    packed[:256] = torch.arange(256, dtype=torch.uint8)[: packed.numel()]
-    nested = offset = None
-    if case.nested:
-        absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator)
-        nested = torch.rand(nested_blocks(blocks), generator=generator)
-        offset = torch.rand((), generator=generator)
-    else:
-        absmax = torch.rand(blocks, generator=generator)
-        absmax[1::7], absmax[2::7], absmax[3::7] = 0.0, 1e30, 1e-40
-        absmax[4::7] = float("nan")
-    dtype = DTYPES[case.dtype]
-    shape = (case.end - case.begin, case.cols)
-    out = _Output(shape, dtype, device, case.gap, case.out_shift)
-    codes, absmax_codes = (code_table(fmt, CPU).to(device) for fmt in (NF4, absmax_format()))
-    kernels.dequantize4(
-        _shifted(packed.to(device), case.packed_shift),
-        absmax.to(device),
-        None if nested is None else nested.to(device),
-        None if offset is None else offset.to(device),
-        codes,
-        absmax_codes if case.nested else None,
-        case.rows,
-        case.cols,
-        case.block_size,
-        case.begin,
-        case.end,
-        out.tensor,
-    )
-    expected = torch.empty(shape, dtype=dtype)
-    rows = (case.begin, case.end)
-    reference.dequantize(packed, absmax, nested, offset, NF4, case.block_size, rows, expected)
+    fmt = ALL_FORMATS[case.format]
+    block_size = MXFP4.block_size if fmt.e8m0 else case.block_size
+    weight = stored_weight(fmt, case.rows, case.cols, block_size, case.nested)
+    slab = case.slab or (0, case.rows, 0, case.cols)
+    expected = weight.decode(slab, DTYPES[case.dtype])
+    out = Output(tuple(expected.shape), expected.dtype, device, case.gap, case.out_shift)
+    kernels.dequantize(*weight.arguments(device, case.packed_shift), slab, out.tensor)
     return out.differs("out", expected)

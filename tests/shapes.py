@@ -5,6 +5,8 @@ M tokens, N out features, K in features, R rank.
 
 import torch
 
+from pyft.bench.shapes import MODELS
+
 # Of weights [N, K]: K below, at and off the block size, odd sizes, one element, none.
 WEIGHT_SHAPES: tuple[tuple[int, int], ...] = (
     (3, 64),
@@ -27,6 +29,9 @@ LINEAR_SHAPES: tuple[tuple[int, int, int, int], ...] = (
     (9, 33, 100, 3),
     (17, 70, 257, 64),
 )
+
+# K of the linears of real models, 1B to 70B parameters.
+REAL_COLUMNS = sorted({k for model in MODELS.values() for _, k in model.linears().values()})
 
 RANKS = (1, 3, 16, 64)
 

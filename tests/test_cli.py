@@ -63,7 +63,7 @@ def test_help_is_quick():
     assert min(times) < 0.5
 
 
-@pytest.mark.parametrize("command", ["finetune", "eval", "doctor", "demo", "data"])
+@pytest.mark.parametrize("command", ["finetune", "eval", "doctor", "demo", "data", "bench"])
 def test_each_command_has_help(command):
     done = pyft(command, "--help")
     assert done.returncode == 0

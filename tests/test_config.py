@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from pyft.errors import UsageError
 from pyft.finetune.config import Config, allowed, load_config
+from pyft.formats import FORMATS
 
 REQUIRED = {"model": "m", "data": "d.jsonl", "output": "o"}
 
@@ -103,7 +104,7 @@ def test_values_belong_to_the_keys_as_written(tmp_path: Path) -> None:
         ("replay", -0.1, "-0.1 is not a number from 0 to below 1"),
         ("pack", "maybe", "'maybe' is not true or false"),
         ("method", "dora", "'dora' is not one of qlora, lora, full"),
-        ("quant", "int8", "'int8' is not nf4"),
+        ("quant", "int3", "'int3' is not one of " + ", ".join(FORMATS)),
         ("targets", [], "[] is not all-linear, or a list of layer names"),
         ("targets", 3, "3 is not all-linear, or a list of layer names"),
         ("max_steps", 0, "0 is not a whole number from 1 up, or null"),

@@ -5,14 +5,16 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from quantize_cases import CASES, CPU, check, check_large_offsets
-from torch import Tensor
+from qlinear_cases import LINEAR_CASES, check_linear
+from quantize_cases import CASES, check, check_large_offsets
+from sim_kernels import Coding, Guarded, SimKernels, Slab, Weight, pointer, size
+from stored_weights import CPU
 
 CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 OK, BAD_ARGUMENT, CUDA_ERROR = 0, 1, 3
 
 FAULTS = """
@@ -41,87 +43,6 @@ extern "C" int run(int fault, const int* x, int* out) {
   return pyft::launch_status();
 }
 """
-
-
-class Weight4(ctypes.Structure):
-    """pyft_weight4 of pyft.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("packed", "absmax", "nested", "offset", "codes")),
-        ("absmax_codes", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "cols", "block_size")),
-    ]
-
-
-class SimKernels:
-    """The three kernels on CPU tensors."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library
-        library.pyft_cuda_error_string.restype = ctypes.c_char_p
-
-    def quantize4(
-        self,
-        x: Tensor,
-        midpoints: Tensor,
-        zero_code: int,
-        block_size: int,
-        packed: Tensor,
-        absmax: Tensor,
-    ) -> None:
-        self._run(
-            "quantize4", _pointer(x), DTYPES[x.dtype], _size(x.numel()), _size(block_size),
-            _pointer(midpoints), zero_code, _pointer(packed), _pointer(absmax),
-        )  # fmt: skip
-
-    def quantize_absmax(
-        self,
-        x: Tensor,
-        offset: Tensor,
-        midpoints: Tensor,
-        zero_code: int,
-        codes: Tensor,
-        absmax: Tensor,
-    ) -> None:
-        self._run(
-            "quantize_absmax", _pointer(x), _size(x.numel()), _pointer(offset), _pointer(midpoints),
-            zero_code, _pointer(codes), _pointer(absmax),
-        )  # fmt: skip
-
-    def dequantize4(
-        self,
-        packed: Tensor,
-        absmax: Tensor,
-        nested: Tensor | None,
-        offset: Tensor | None,
-        codes: Tensor,
-        absmax_codes: Tensor | None,
-        rows: int,
-        cols: int,
-        block_size: int,
-        row_begin: int,
-        row_end: int,
-        out: Tensor,
-    ) -> None:
-        tensors = (packed, absmax, nested, offset, codes, absmax_codes)
-        weight = Weight4(*map(_pointer, tensors), rows, cols, block_size)
-        self._run(
-            "dequantize4", ctypes.byref(weight), _size(row_begin), _size(row_end), _pointer(out),
-            _size(out.stride(0)), DTYPES[out.dtype],
-        )  # fmt: skip
-
-    def _run(self, function: str, *arguments: object) -> None:
-        status = getattr(self.library, f"pyft_cuda_{function}")(*arguments, None)
-        if status != OK:
-            raise RuntimeError(f"status {status}: {self.library.pyft_cuda_error_string().decode()}")
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def _size(value: int) -> ctypes.c_int64:
-    return ctypes.c_int64(value)
 
 
 @pytest.fixture(scope="session")
@@ -158,11 +79,28 @@ def faults(
     return build(source, CUDA / "runtime.cu")
 
 
-@pytest.mark.parametrize("reverse_warps", [0, 1])
 @pytest.mark.parametrize("name", CASES)
-def test_bits_are_the_references(library: ctypes.CDLL, name: str, reverse_warps: int) -> None:
-    library.pyft_sim_reverse_warps(reverse_warps)
-    assert check(CASES[name], SimKernels(library), CPU) == ""
+def test_bits_are_the_references(library: ctypes.CDLL, name: str) -> None:
+    for reverse_warps in (0, 1):
+        library.pyft_sim_reverse_warps(reverse_warps)
+        assert check(CASES[name], SimKernels(library), CPU) == ""
+
+
+@pytest.mark.parametrize("name", LINEAR_CASES)
+def test_linear_is_as_exact_as_the_reference(library: ctypes.CDLL, name: str) -> None:
+    for reverse_warps in (0, 1):
+        library.pyft_sim_reverse_warps(reverse_warps)
+        assert check_linear(LINEAR_CASES[name], SimKernels(library), CPU) == ""
+
+
+def test_nothing_is_read_beyond_the_inputs(library: ctypes.CDLL) -> None:
+    child = os.fork()  # a read beyond ends the process
+    if child == 0:
+        kernels = Guarded(SimKernels(library))
+        wrong = [check(case, kernels, CPU) for case in CASES.values()]
+        wrong += [check_linear(case, kernels, CPU) for case in LINEAR_CASES.values()]
+        os._exit(1 if any(wrong) else 0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.unfilled
@@ -174,69 +112,116 @@ def test_device_count(library: ctypes.CDLL) -> None:
     assert library.pyft_cuda_device_count() == 1
 
 
+def _status(library: ctypes.CDLL, function: str, *arguments: Any) -> int:
+    """The status of a call without a single tensor."""
+    numbers = [size(x) if isinstance(x, int) else x for x in arguments]
+    status: int = getattr(library, f"pyft_cuda_{function}")(*numbers, None)
+    return status
+
+
+def _sized(bits: int, rows: int, cols: int, block_size: int) -> Any:
+    return ctypes.byref(Weight(bits, *[None] * 7, rows, cols, block_size))
+
+
+def _coded(bits: int, zero_code: int = 7) -> Any:
+    return ctypes.byref(Coding(bits, zero_code, 1.0, 0, None, None))
+
+
 def test_empty_input_touches_nothing(library: ctypes.CDLL) -> None:
-    null, zero, size = None, _size(0), _size(64)
-    assert library.pyft_cuda_quantize4(null, 0, zero, size, null, 7, null, null, null) == OK
-    assert library.pyft_cuda_quantize_absmax(null, zero, null, null, 0, null, null, null) == OK
-    weight = ctypes.byref(Weight4(None, None, None, None, None, None, 3, 0, 64))
-    assert library.pyft_cuda_dequantize4(weight, zero, _size(3), null, zero, 0, null) == OK
+    null = None
+    for block_size in (0, 64):
+        assert (
+            _status(library, "quantize", null, 0, 0, block_size, _coded(4), null, null, null) == OK
+        )
+    for rows, cols, slab in ((3, 0, (0, 3, 0, 0)), (0, 8, (0, 0, 0, 8)), (4, 8, (1, 3, 8, 8))):
+        weight = _sized(4, rows, cols, 64)
+        assert _status(library, "dequantize", weight, Slab(*slab), null, 0, 0) == OK
+    for m, rows in ((0, 4), (3, 0)):
+        weight = _sized(4, rows, 8, 64)
+        assert _status(library, "qlinear", null, m, 8, weight, null, null, rows, 0) == OK
 
 
 @pytest.mark.parametrize(
-    ("dtype", "n", "block_size", "zero_code"),
+    ("dtype", "n", "block_size", "bits", "zero_code"),
     [
-        (3, 64, 64, 7),
-        (-1, 64, 64, 7),
-        (0, -1, 64, 7),
-        (0, 2**62, 64, 7),
-        (0, 64, 0, 7),
-        (0, 64, 16, 7),
-        (0, 64, 48, 7),
-        (0, 64, 8192, 7),
-        (0, 64, 64, 16),
-        (0, 64, 64, -1),
+        (3, 64, 64, 4, 7),
+        (-1, 64, 64, 4, 7),
+        (3, 0, 64, 4, 7),
+        (0, -1, 64, 4, 7),
+        (0, 2**62, 64, 4, 7),
+        (0, 64, 0, 4, 7),
+        (0, 64, -64, 4, 7),
+        (0, 64, 48, 4, 7),
+        (0, 70, 16, 8, 7),
+        (0, 70, 35, 4, 7),
+        (0, 8191, 8192, 8, 7),
+        (0, 64, 64, 3, 7),
+        (0, 64, 64, 4, 16),
+        (0, 64, 64, 8, 256),
+        (0, 64, 64, 4, -1),
     ],
 )
 def test_quantize_refuses(
-    library: ctypes.CDLL, dtype: int, n: int, block_size: int, zero_code: int
+    library: ctypes.CDLL, dtype: int, n: int, block_size: int, bits: int, zero_code: int
 ) -> None:
-    status = library.pyft_cuda_quantize4(
-        None, dtype, _size(n), _size(block_size), None, zero_code, None, None, None
-    )
-    assert status == BAD_ARGUMENT
+    coding = _coded(bits, zero_code)
+    arguments = (None, dtype, n, block_size, coding, None, None, None)
+    assert _status(library, "quantize", *arguments) == BAD_ARGUMENT
 
 
 @pytest.mark.parametrize(
-    ("begin", "end", "stride", "dtype", "block_size"),
+    ("slab", "stride", "dtype", "bits", "block_size"),
     [
-        (-1, 2, 8, 0, 64),
-        (2, 1, 8, 0, 64),
-        (0, 5, 8, 0, 64),
-        (0, 4, 7, 0, 64),
-        (0, 4, 8, 3, 64),
-        (0, 4, 8, 0, 33),
+        ((-1, 2, 0, 9), 9, 0, 4, 64),
+        ((2, 1, 0, 9), 9, 0, 4, 64),
+        ((0, 5, 0, 9), 9, 0, 4, 64),
+        ((0, 4, -1, 9), 9, 0, 4, 64),
+        ((0, 4, 5, 4), 9, 0, 4, 64),
+        ((0, 4, 0, 10), 10, 0, 4, 64),
+        ((0, 4, 0, 9), 8, 0, 4, 64),
+        ((0, 4, 0, 9), 9, 3, 4, 64),
+        ((0, 0, 0, 9), 9, 3, 4, 64),
+        ((0, 4, 0, 9), 9, 0, 5, 64),
+        ((0, 4, 0, 9), 9, 0, 4, 33),
+        ((0, 4, 0, 9), 9, 0, 4, 9),
+        ((0, 4, 0, 9), 9, 0, 8, 18),
     ],
 )
 def test_dequantize_refuses(
-    library: ctypes.CDLL, begin: int, end: int, stride: int, dtype: int, block_size: int
+    library: ctypes.CDLL,
+    slab: tuple[int, int, int, int],
+    stride: int,
+    dtype: int,
+    bits: int,
+    block_size: int,
 ) -> None:
-    weight = ctypes.byref(Weight4(None, None, None, None, None, None, 4, 8, block_size))
-    status = library.pyft_cuda_dequantize4(
-        weight, _size(begin), _size(end), None, _size(stride), dtype, None
-    )
-    assert status == BAD_ARGUMENT
+    arguments = (_sized(bits, 4, 9, block_size), Slab(*slab), None, stride, dtype)
+    assert _status(library, "dequantize", *arguments) == BAD_ARGUMENT
 
 
-def test_quantize_absmax_refuses(library: ctypes.CDLL) -> None:
-    for n, zero_code in ((-1, 0), (5, 256), (5, -1)):
-        arguments = (None, _size(n), None, None, zero_code, None, None, None)
-        assert library.pyft_cuda_quantize_absmax(*arguments) == BAD_ARGUMENT
+@pytest.mark.parametrize(
+    ("m", "stride", "dtype", "bits", "block_size"),
+    [
+        (-1, 4, 0, 4, 64),
+        (65, 4, 0, 4, 64),
+        (2, 3, 0, 4, 64),
+        (2, 4, 3, 4, 64),
+        (0, 4, 3, 4, 64),
+        (2, 4, 0, 2, 64),
+        (2, 4, 0, 4, 65),
+    ],
+)
+def test_qlinear_refuses(
+    library: ctypes.CDLL, m: int, stride: int, dtype: int, bits: int, block_size: int
+) -> None:
+    arguments = (None, m, 9, _sized(bits, 4, 9, block_size), None, None, stride, dtype)
+    assert _status(library, "qlinear", *arguments) == BAD_ARGUMENT
 
 
 def _run_fault(faults: ctypes.CDLL, fault: int) -> tuple[int, list[int]]:
     x = torch.arange(96, dtype=torch.int32)
     out = torch.full_like(x, -1)
-    return faults.run(fault, _pointer(x), _pointer(out)), out.tolist()
+    return faults.run(fault, pointer(x), pointer(out)), out.tolist()
 
 
 def test_simulator_shows_a_missing_barrier(faults: ctypes.CDLL) -> None:

@@ -11,7 +11,10 @@ import sys
 
 import pytest
 import torch
+from qlinear_cases import LINEAR_CASES, check_linear
 from quantize_cases import CASES, check, check_large_offsets
+
+pytestmark = pytest.mark.slow
 
 LARGE = "large offsets"
 
@@ -22,10 +25,13 @@ def run_cases() -> dict[str, str]:
         import triton_bf16
 
         triton_bf16.install()
+    from pyft.kernels import qlinear
     from pyft.kernels import quantize as kernels
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wrong = {name: check(case, kernels, device) for name, case in CASES.items()}
+    for name, case in LINEAR_CASES.items():
+        wrong[name] = check_linear(case, qlinear, device)
     return wrong | {LARGE: check_large_offsets(kernels, device)}
 
 
@@ -43,8 +49,8 @@ def wrong() -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("name", [*CASES, LARGE])
-def test_bits_are_the_references(wrong: dict[str, str], name: str) -> None:
+@pytest.mark.parametrize("name", [*CASES, *LINEAR_CASES, LARGE])
+def test_kernels_are_as_exact_as_the_reference(wrong: dict[str, str], name: str) -> None:
     assert wrong[name] == ""
 
 

@@ -21,7 +21,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "native": {"_cpu", "_cuda"},
     "op": set(),
     "quantized": {"formats", "ops"},
-    "ops": {"formats", "quantized", "op", "backend"},
+    "scratch": {"backend"},
+    "ops": {"formats", "quantized", "op", "backend", "scratch"},
+    "optim": {"formats", "ops"},
     "integrations": {"formats", "quantized", "backend", "ops", "nn"},
 }
 # Other packages each part may import. Parts not named here may import anything installed.
@@ -33,8 +35,10 @@ MAY_USE: dict[str, set[str]] = {
     "native": {"torch"},
     "backend": {"torch", "triton"},
     "op": {"torch"},
+    "scratch": {"torch"},
     "quantized": {"torch"},
     "ops": {"torch"},
+    "optim": {"torch"},
 }
 FORBIDDEN_ABOVE = {"kernels", "native", "_cpu", "_cuda"}
 BELOW_INTEGRATIONS = {*MAY_USE}

@@ -290,7 +290,7 @@ class Matmuls:
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_each_product_is_taken_once(quantized: bool, p: float) -> None:
     """dY B above all: dX and dA share it."""
-    m, n, k, r = 6, 32, 64, 4
+    m, n, k, r = 72, 32, 64, 4
     problem = Problem(m, n, k, r, quantized=quantized)
     problem.weight.requires_grad_(False)
     with Matmuls() as forward:
@@ -452,10 +452,10 @@ def test_activation_checkpointing(use_reentrant: bool, quantized: bool) -> None:
 
 def op_arguments(problem: Problem, p: float, seed: int | None) -> tuple[Any, ...]:
     weight = problem.weight
-    stored: tuple[Any, ...] = (weight, None, None, None)
+    stored: tuple[Any, ...] = (weight, [])
     static: tuple[Any, ...] = ("", 0)
     if isinstance(weight, QuantizedTensor):
-        stored, static = (weight.packed, weight.absmax, weight.nested, weight.offset), ("nf4", 64)
+        stored, static = (None, weight.parts()), ("nf4", 64)
     drawn = None if seed is None else torch.tensor(seed)
     n = problem.weight.shape[0]
     adapter = (problem.a, problem.b, problem.bias, drawn)
@@ -479,7 +479,7 @@ def test_opcheck_of_the_backward(quantized: bool, needs: list[bool]) -> None:
     x, *stored_adapter = [
         t.detach() if isinstance(t, Tensor) else t for t in op_arguments(problem, 0.5, 3)
     ]
-    stored, (a, b, _, seed, fmt, block, _, scale, p, name) = stored_adapter[:4], stored_adapter[4:]
+    stored, (a, b, _, seed, fmt, block, _, scale, p, name) = stored_adapter[:2], stored_adapter[2:]
     s = torch.randn(5, 4)
     needs = [need and not (quantized and i == 1) for i, need in enumerate(needs)]
     arguments = (problem.dy, x, s, *stored, a, b, seed, fmt, block, scale, p, name, needs)

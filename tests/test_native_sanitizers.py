@@ -1,35 +1,89 @@
 """The C++ kernels of the CPU under the address and undefined-behaviour sanitizers.
 
-They run in a program of their own, native_sanitizers.cpp: each buffer has its exact size, so that
+They run in programs of their own, native_sanitizers*.cpp: each buffer has its exact size, so that
 one element too far is an error, and every instruction set must write what the scalar code writes.
 """
 
 import os
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
+
+from pyft.formats import (
+    FORMATS,
+    SCALE_FORMAT,
+    code_table,
+    e8m0_table,
+    order_table,
+    threshold_table,
+)
 
 CSRC = Path(__file__).parents[1] / "csrc"
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 ISA_FLAGS = {
-    "quantize_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "quantize_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
-}
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "avx512vbmi": [*AVX512, "-mavx512vbmi"],
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
+}  # by the end of a file's name
 
 PROGRAM = Path(__file__).with_name("native_sanitizers.cpp").read_text()
+
+# A planted fault for each kernel that reads or writes a vector at a time: one element too few.
+OVERRUNS = {
+    "input": "pyft_cpu_quantize(heap<float>(63), PYFT_F32, 64, 64, &coding, heap<uint8_t>(32), "
+    "heap<float>(1), nullptr, isa, 1)",
+    "codes": "pyft_cpu_quantize(heap<float>(64), PYFT_F32, 64, 64, &coding, heap<uint8_t>(31), "
+    "heap<float>(1), nullptr, isa, 1)",
+    "output": "pyft_cpu_dequantize(&weight, &slab, heap<float>(63), 64, PYFT_F32, isa, 1)",
+    "x": "pyft_cpu_qlinear(heap<float>(63), 1, 64, &weight, nullptr, heap<float>(1), 1, PYFT_F32, "
+    "isa, 1)",
+}
 
 OVERRUN = r"""
 #include <stdlib.h>
 #include "pyft.h"
+template <class T>
+T* heap(int count) { return static_cast<T*>(calloc(count, sizeof(T))); }
 int main() {
-  float midpoints[15] = {0};
-  auto* x = static_cast<float*>(calloc(63, 4));  // one too few
-  unsigned char packed[32];
-  float absmax[1];
   const auto isa = pyft_cpu_best_isa();
-  return pyft_cpu_quantize4(x, PYFT_F32, 64, 64, midpoints, 7, packed, absmax, isa, 1);
+  const pyft_coding coding = {4, 7, 1.0f, 0, heap<float>(15), heap<uint8_t>(16)};
+  const pyft_weight weight = {4, heap<uint8_t>(32), heap<float>(1), nullptr, nullptr, nullptr,
+                              heap<float>(16), nullptr, 1, 64, 64};
+  const pyft_slab slab = {0, 1, 0, 64};
+  (void)coding, (void)weight, (void)slab;
+  return CALL;
 }
 """
+
+
+def initializer(values: Iterable[float]) -> str:
+    """A C++ list of floats, exact."""
+    names = {"nan": "NAN", "inf": "INFINITY", "-inf": "-INFINITY"}
+    return "{" + ", ".join(names.get(str(v), float(v).hex() + "f") for v in values) + "}"
+
+
+def formats_header() -> str:
+    """The tables of every format, as native_sanitizers.cpp includes them."""
+    cpu = torch.device("cpu")
+    entries = []
+    for fmt in (*FORMATS.values(), SCALE_FORMAT):
+        order = ", ".join(map(str, order_table(fmt, cpu).tolist()))
+        numbers = f"{fmt.bits}, {fmt.zero_code}, {float(fmt.top).hex()}f, {int(fmt.e8m0)}"
+        tables = (code_table(fmt, cpu).tolist(), threshold_table(fmt, cpu).tolist())
+        entries.append(
+            f'{{"{fmt.name}", {numbers}, {int(fmt.zero_points)}, '
+            f"{', '.join(map(initializer, tables))}, {{{order}}}}}"
+        )
+    scales = initializer(code_table(SCALE_FORMAT, cpu).tolist())
+    return (
+        f"static const std::vector<Format> formats = {{{', '.join(entries)}}};\n"
+        f"static const std::vector<float> scale_codes = {scales};\n"
+        f"static const std::vector<float> e8m0_codes = {initializer(e8m0_table(cpu).tolist())};\n"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +93,11 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     x86 = os.uname().machine in ("x86_64", "AMD64")
     running = []
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
-        if source.stem in ISA_FLAGS and not x86:
+        isa = source.stem.rpartition("_")[2]
+        if isa in ISA_FLAGS and not x86:
             continue
         target = folder / f"{source.stem}.o"
-        flags = [*ISA_FLAGS.get(source.stem, []), *(["-DPYFT_X86=1"] if x86 else [])]
+        flags = [*ISA_FLAGS.get(isa, []), *(["-DPYFT_X86=1"] if x86 else [])]
         command = [*compiler(), *flags, "-c", str(source), "-o", str(target)]
         running.append((target, subprocess.Popen(command)))
     assert all(process.wait() == 0 for _, process in running)
@@ -65,6 +120,7 @@ def compiler() -> list[str]:
 def run(program: str, objects: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     source, binary = folder / "main.cpp", folder / "main"
     source.write_text(program)
+    (folder / "formats.h").write_text(formats_header())
     subprocess.run([*compiler(), str(source), *objects, "-o", str(binary)], check=True)
     return subprocess.run([str(binary)], capture_output=True, text=True, timeout=300)
 
@@ -80,7 +136,20 @@ def test_kernels_are_clean(objects: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_sanitizer_would_see_an_overrun(objects: list[str], tmp_path: Path) -> None:
-    done = run(OVERRUN, objects, tmp_path)
+def test_optimizers_are_clean(objects: list[str], tmp_path: Path) -> None:
+    done = run(
+        Path(__file__).with_name("native_sanitizers_optim.cpp").read_text(), objects, tmp_path
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0, done.stdout
+    checks, failures = (int(word) for word in done.stdout.split() if word.isdigit())
+    assert checks > 5000
+    assert failures == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", OVERRUNS)
+def test_the_sanitizer_would_see_an_overrun(fault: str, objects: list[str], tmp_path: Path) -> None:
+    done = run(OVERRUN.replace("CALL", OVERRUNS[fault]), objects, tmp_path)
     assert done.returncode != 0
     assert "AddressSanitizer" in done.stderr

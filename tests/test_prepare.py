@@ -141,7 +141,7 @@ def test_a_structure_without_linears_runs_and_says_so(checkpoint: Checkpoint) ->
 LOADER = """
 import json, os, sys, threading, time
 import torch, pyft
-import pyft.integrations.transformers as integration
+import pyft.integrations.quantizer as integration
 from pyft.quantized import QuantizedTensor
 
 def anonymous():
@@ -261,10 +261,10 @@ def test_refusals(what: str, tmp_path: Path, checkpoint: Checkpoint) -> None:
 
 
 def test_refuses_an_unknown_format(checkpoint: Checkpoint) -> None:
-    with pytest.raises(UsageError, match="format 'int3' is unknown; use one of nf4 or None"):
+    with pytest.raises(UsageError, match="format 'int3' is unknown; use one of nf4, fp4, int4"):
         pyft.prepare(checkpoint("llama"), quant="int3")
 
 
 def test_refuses_a_block_size_before_loading(checkpoint: Checkpoint) -> None:
-    with pytest.raises(UsageError, match="block_size 48 is not one of 32, 64"):
+    with pytest.raises(UsageError, match="block_size 48 is not one nf4 can have: 32, 64"):
         pyft.prepare(checkpoint("llama"), block_size=48)

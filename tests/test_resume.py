@@ -312,7 +312,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("method", "changes"),
     [
         ("qlora", {}),
-        ("full", {"learning_rate": 1e-3}),
+        ("full", {"learning_rate": 1e-3, "optimizer": "adamw8bit"}),
         ("lora", {"dtype": "bf16", "replay": 0.3, "batch_size": 2, "schedule": "linear"}),
     ],
 )

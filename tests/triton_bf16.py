@@ -2,7 +2,7 @@
 
 The interpreter holds bf16 as its 16 bits. As shipped (3.6 to 3.9) it truncates when it casts to
 bf16, misreads subnormals, and does arithmetic on the bits as if they were integers. Kernels cast
-to fp32 before they compute, so the casts are all that is put right.
+to fp32 before they compute, but for matrix products, so casts and those are what is put right.
 """
 
 from typing import Any
@@ -43,5 +43,15 @@ def install() -> None:
             return cast(self, src, dst_type)
         return shipped_convert(self, src, dst_type, rounding)
 
+    shipped_dot = InterpreterBuilder.create_dot
+
+    def dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+        wide = [
+            TensorHandle(widen(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+            for x in (a, b)
+        ]
+        return shipped_dot(self, *wide, *rest)
+
+    InterpreterBuilder.create_dot = dot
     InterpreterBuilder.cast_impl = cast
     InterpreterBuilder.create_fp_to_fp = convert

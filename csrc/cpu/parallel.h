@@ -1,24 +1,28 @@
-// Splits a range over threads that live for one call: no runtime of its own, nothing left behind, safe after fork().
+// Splits a range over the threads of the process's OpenMP, or over a pool of our own.
 #pragma once
 
 #include <stdint.h>
 
 #include <algorithm>
-#include <thread>
-#include <vector>
+#include <functional>
 
-// Calls body(begin, end) on up to `threads` consecutive parts of [0, n), each of at least `grain` items (but the last)
-// and starting at a multiple of it.
+// Calls body(0) .. body(parts - 1), each once, on up to `threads` threads, this one included; returns when all are
+// done.
+//
+// The threads are those of the OpenMP runtime that is loaded (torch's): its idle threads spin for milliseconds, and
+// threads beside them would wait for a core. Without one, and in a forked child, which inherits no threads, a pool is
+// started; where that is busy with another caller's work, this thread does it all.
+void run_parts(int64_t parts, int threads, const std::function<void(int64_t)>& body);
+
+// Calls body(begin, end) on consecutive parts of [0, n), each of at least `grain` items (but the last) and starting at
+// a multiple of it. Parts are a few for each thread, so that a thread held up elsewhere delays less.
 template <class Body>
 void parallel_for(int64_t n, int64_t grain, int threads, const Body& body) {
+  constexpr int64_t kPartsPerThread = 4;
   const int64_t grains = (n + grain - 1) / grain;
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, grains));
-  auto part_begin = [&](int64_t part) { return std::min(n, grains * part / parts * grain); };
-  std::vector<std::thread> workers;
-  workers.reserve(parts - 1);
-  for (int64_t part = 1; part < parts; ++part) {
-    workers.emplace_back([&body, begin = part_begin(part), end = part_begin(part + 1)] { body(begin, end); });
-  }
-  body(part_begin(0), part_begin(1));
-  for (auto& worker : workers) worker.join();
+  const int64_t parts = std::min<int64_t>(threads > 1 ? threads * kPartsPerThread : 1, grains);
+  if (parts <= 1) return body(int64_t{0}, n);
+  run_parts(parts, threads, [&](int64_t part) {
+    body(grains * part / parts * grain, std::min(n, grains * (part + 1) / parts * grain));
+  });
 }

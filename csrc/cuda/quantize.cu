@@ -1,53 +1,67 @@
-// Block-wise 4-bit quantization and its inverse: the layout and the rules of pyft/formats.py, bit for bit.
+// Block-wise quantization: the layout and the rules of pyft/formats.py, bit for bit.
 //
-// A thread works on one chunk of kChunk consecutive elements, which lies in one quantization block wherever chunks
-// start at multiples of kChunk: 16 or 32 bytes of weights on one side, 4 packed bytes on the other.
+//   |<----------------- block: `group` neighbouring threads of one thread block ----------------->|
+//   | chunk | chunk | chunk | ...     a thread has one chunk of a flat block, every group-th of a row
 //
-//   quantize4         |<------- quantization block: 4 .. 512 threads of one thread block ------->|
-//                     | chunk | chunk | chunk | ...                                              |
-//   dequantize4       threadIdx.x counts chunks along a row, threadIdx.y rows
+// Bytes moved per element with 16-bit weights and 4 bits: 2 read, 0.5 written, 4 / block_size of scale. A row is read
+// a second time to be coded; up to some 100 KB of it come from the L1 cache. Arithmetic per element: an IEEE division
+// (about 10 instructions) and a binary search among the thresholds in shared memory, 4 or 8 steps of a load, a
+// comparison and a selection. The 15 thresholds of 4 bits lie in 15 banks, so that those loads never conflict.
 //
-// Divisions are IEEE; products and sums use the _rn intrinsics, which the compiler never contracts into an FMA.
-#include <string.h>
-
-#include "device.h"
+// Divisions are IEEE; sums use the _rn intrinsics, which the compiler never contracts.
+#include "weight.h"
 
 namespace {
 
 constexpr int kChunk = 8;
-constexpr int kThreads = 256;      // a thread block, wherever the quantization block does not ask for more
-constexpr int kMaxThreads = 512;   // block_size 4096
-constexpr int kNestedBlock = 256;  // absmax values that share one nested absmax
+constexpr int kThreads = 256;     // a thread block, wherever the quantization block does not ask for more
+constexpr int kMaxThreads = 512;  // block_size 4096
 
-// The number of `midpoints` (ascending, 2^kBits - 1 of them) strictly below x; 0 for NaN.
+// The number of `thresholds` (ascending, 2^kBits - 1 of them) strictly below x; 0 for NaN.
 template <int kBits>
-__device__ int encode(float x, const float* midpoints) {
-  int code = 0;
+__device__ int level_of(float x, const float* thresholds) {
+  int level = 0;
 #pragma unroll
   for (int step = 1 << (kBits - 1); step > 0; step /= 2) {
-    if (x > midpoints[code + step - 1]) code += step;
+    if (x > thresholds[level + step - 1]) level += step;
   }
-  return code;
+  return level;
 }
-
-// Bits whose order as unsigned integers is that of |x|, with NaN above infinity: a maximum over them keeps NaN.
-__device__ uint32_t magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
 __device__ uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-// The maximum of `bits` over the `group` neighbouring threads (a power of two) that this one belongs to. Every thread
-// of the thread block calls it; warp_max has a place for each of its warps.
-__device__ uint32_t group_max(uint32_t bits, int group, uint32_t* warp_max) {
-  for (int lanes = (group < 32 ? group : 32) / 2; lanes > 0; lanes /= 2) {
-    bits = larger(bits, __shfl_xor_sync(0xffffffffu, bits, lanes));
+// How far a block reaches above and below zero, as bits of |x|. Their order as unsigned integers is that of |x|, with
+// NaN on top: a maximum keeps NaN.
+struct Reach {
+  uint32_t above, below;
+
+  __device__ void add(float x) {
+    const uint32_t bits = __float_as_uint(x) & 0x7fffffffu;
+    if (!(x <= 0.0f)) above = larger(above, bits);
+    if (!(x >= 0.0f)) below = larger(below, bits);
   }
-  if (group <= 32) return bits;
-  const int warp = threadIdx.x / 32, warps = group / 32;
-  if (threadIdx.x % 32 == 0) warp_max[warp] = bits;
+
+  __device__ void add(const Reach& other) {
+    above = larger(above, other.above);
+    below = larger(below, other.below);
+  }
+};
+
+// What the `group` neighbouring threads (a power of two) that this one belongs to reach together. Every thread of the
+// thread block calls it, once; warps has a place for each warp.
+__device__ Reach reach_of_group(Reach reach, int group, Reach* warps) {
+  for (int lanes = (group < 32 ? group : 32) / 2; lanes > 0; lanes /= 2) {
+    const uint32_t above = __shfl_xor_sync(0xffffffffu, reach.above, lanes);
+    const uint32_t below = __shfl_xor_sync(0xffffffffu, reach.below, lanes);
+    reach.add({above, below});
+  }
+  if (group <= 32) return reach;
+  const int warp = threadIdx.x / 32, count = group / 32;
+  if (threadIdx.x % 32 == 0) warps[warp] = reach;
   __syncthreads();
-  const int first = warp / warps * warps;
-  for (int i = 0; i < warps; ++i) bits = larger(bits, warp_max[first + i]);
-  return bits;
+  const int first = warp / count * count;
+  for (int i = 0; i < count; ++i) reach.add(warps[first + i]);
+  return reach;
 }
 
 // `count` elements of x, then zeros. 16-byte loads where the address and the count allow.
@@ -55,9 +69,8 @@ template <class T>
 __device__ void load_chunk(const T* x, int count, float (&out)[kChunk]) {
   T raw[kChunk];
   if (count == kChunk && pyft::is_aligned(x, 16)) {
-    constexpr int kLanes = 16 / sizeof(T);
 #pragma unroll
-    for (int i = 0; i < kChunk; i += kLanes) {
+    for (int i = 0; i < kChunk; i += pyft::kWide<T>) {
       const uint4 wide = pyft::load_wide<uint4>(x + i);
       memcpy(raw + i, &wide, sizeof wide);
     }
@@ -71,192 +84,135 @@ __device__ void load_chunk(const T* x, int count, float (&out)[kChunk]) {
   for (int i = 0; i < kChunk; ++i) out[i] = i < count ? pyft::widen(raw[i]) : 0.0f;
 }
 
-// x [n] -> packed [ceil(n / 2)], absmax [ceil(n / (kChunk * block_threads))]; block_threads = 2^block_shift threads
-// hold one quantization block.
-template <class T>
-__global__ void __launch_bounds__(kMaxThreads) quantize4(const T* x, int64_t n, int block_shift, const float* midpoints,
-                                                         int zero_code, uint8_t* packed, float* absmax) {
-  PYFT_SHARED(float, table, 15);
-  PYFT_SHARED(uint32_t, warp_max, kMaxThreads / 32);
-  if (threadIdx.x < 15) table[threadIdx.x] = midpoints[threadIdx.x];
-  __syncthreads();
-
-  const int64_t chunk = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  const int64_t left = n - chunk * kChunk;
-  const int count = left >= kChunk ? kChunk : left > 0 ? static_cast<int>(left) : 0;
-  float value[kChunk];
-  load_chunk(x + chunk * kChunk, count, value);
-  uint32_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) bits = larger(bits, magnitude_bits(value[i]));
-  bits = group_max(bits, 1 << block_shift, warp_max);
-  if (count == 0) return;
-
-  const float scale = __uint_as_float(bits);
-  if ((threadIdx.x & ((1 << block_shift) - 1)) == 0) absmax[chunk >> block_shift] = scale;
-  uint32_t word = 0;  // byte i: element 2i in the high nibble, 2i + 1 in the low one
+// The codes of `count` elements from packed's `element` on; with 4 bits both are even, or the last code is a filler.
+template <int kBits>
+__device__ void store_codes(const uint8_t (&code)[kChunk], int count, uint8_t* to) {
+  constexpr int kBytes = kChunk * kBits / 8;
+  uint32_t word[kBytes / 4] = {};
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
-    const int code = bits == 0 ? zero_code : encode<4>(__fdiv_rn(value[i], scale), table);
-    word |= static_cast<uint32_t>(code) << (i / 2 * 8 + (1 - i % 2) * 4);
+    const int shift = kBits == 8 ? i % 4 * 8 : i / 2 * 8 + (1 - i % 2) * 4;
+    word[i * kBits / 32] |= uint32_t{code[i]} << shift;
   }
-  uint8_t* to = packed + chunk * (kChunk / 2);
-  if (count == kChunk && pyft::is_aligned(to, 4)) {
-    pyft::store_wide<uint32_t>(to, word);
-  } else {
-    for (int i = 0; i < (count + 1) / 2; ++i) to[i] = static_cast<uint8_t>(word >> (8 * i));
-  }
-}
-
-// x [n] less *offset -> codes [n], absmax [ceil(n / kNestedBlock)]; one thread block each kNestedBlock elements.
-__global__ void __launch_bounds__(kNestedBlock)
-    quantize_absmax(const float* x, int64_t n, const float* offset, const float* midpoints, int zero_code,
-                    uint8_t* codes, float* absmax) {
-  PYFT_SHARED(float, table, 255);
-  PYFT_SHARED(uint32_t, warp_max, kNestedBlock / 32);
-  if (threadIdx.x < 255) table[threadIdx.x] = midpoints[threadIdx.x];
-
-  const int64_t i = int64_t{blockIdx.x} * kNestedBlock + threadIdx.x;
-  const float value = i < n ? __fsub_rn(x[i], *offset) : 0.0f;
-  static_assert(kNestedBlock > 32, "then group_max has a barrier, after which the table is there too");
-  const uint32_t bits = group_max(magnitude_bits(value), kNestedBlock, warp_max);
-  const float scale = __uint_as_float(bits);
-  if (threadIdx.x == 0) absmax[blockIdx.x] = scale;
-  if (i < n) codes[i] = static_cast<uint8_t>(bits == 0 ? zero_code : encode<8>(__fdiv_rn(value, scale), table));
-}
-
-__device__ float absmax_of(const pyft_weight4& weight, int64_t block) {
-  if (weight.nested == nullptr) return static_cast<const float*>(weight.absmax)[block];
-  const int code = static_cast<const uint8_t*>(weight.absmax)[block];
-  return __fadd_rn(__fmul_rn(weight.absmax_codes[code], weight.nested[block / kNestedBlock]), *weight.offset);
-}
-
-// `runs` runs of `length` elements: run r begins at element first + r * length of the weight and at out + r * stride.
-struct Slab {
-  int64_t first, runs, length, stride;
-};
-
-// One chunk a thread; block_shift = log2(weight.block_size), tiles = thread blocks along a run.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    dequantize4(pyft_weight4 weight, Slab slab, int block_shift, unsigned tiles, T* out) {
-  PYFT_SHARED(float, table, 16);
-  const unsigned thread = threadIdx.y * blockDim.x + threadIdx.x;
-  if (thread < 16) table[thread] = weight.codes[thread];
-  __syncthreads();
-
-  const int64_t run = int64_t{blockIdx.x / tiles} * blockDim.y + threadIdx.y;
-  const int64_t column = (int64_t{blockIdx.x % tiles} * blockDim.x + threadIdx.x) * kChunk;
-  if (run >= slab.runs || column >= slab.length) return;
-  const int64_t element = slab.first + run * slab.length + column;
-  const uint8_t* from = weight.packed + element / 2;
-  out += run * slab.stride + column;
-
-  if (slab.length - column >= kChunk && element % kChunk == 0 && pyft::is_aligned(from, 4) &&
-      pyft::is_aligned(out, 16)) {
-    const uint32_t word = pyft::load_wide<uint32_t>(from);
-    const float scale = absmax_of(weight, element >> block_shift);
-    T raw[kChunk];
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      pyft::narrow(__fmul_rn(table[word >> (i / 2 * 8 + (1 - i % 2) * 4) & 15], scale), raw[i]);
-    }
-    constexpr int kLanes = 16 / sizeof(T);
-#pragma unroll
-    for (int i = 0; i < kChunk; i += kLanes) {
-      uint4 wide;
-      memcpy(&wide, raw + i, sizeof wide);
-      pyft::store_wide<uint4>(out + i, wide);
+  if (count == kChunk && pyft::is_aligned(to, kBytes)) {
+    if constexpr (kBytes == 8) {
+      pyft::store_wide<uint2>(to, {word[0], word[1]});
+    } else {
+      pyft::store_wide<uint32_t>(to, word[0]);
     }
     return;
   }
+  const int bytes = (count * kBits + 7) / 8;
+#pragma unroll
+  for (int i = 0; i < kBytes; ++i) {
+    if (i < bytes) to[i] = static_cast<uint8_t>(word[i / 4] >> (i % 4 * 8));
+  }
+}
 
-  const int count = slab.length - column < kChunk ? static_cast<int>(slab.length - column) : kChunk;
-  float scale = 0.0f;
-  for (int i = 0; i < count; ++i) {
-    const int64_t e = element + i;
-    if (i == 0 || (e & ((int64_t{1} << block_shift) - 1)) == 0) scale = absmax_of(weight, e >> block_shift);
-    const int code = e % 2 ? weight.packed[e / 2] & 15 : weight.packed[e / 2] >> 4;
-    pyft::narrow(__fmul_rn(table[code], scale), out[i]);
+__device__ float power_of_two(uint32_t e8m0) {
+  return __uint_as_float(e8m0 == 0 ? 0x00400000u : e8m0 == 255 ? 0x7fc00000u : e8m0 << 23);
+}
+
+// Zero point of a block that reaches `below` under zero.
+__device__ int zero_point(float below, float scale, int largest) {
+  const float zero = __fdiv_rn(below, scale);
+  if (!(zero < __uint_as_float(0x7f800000u))) return 0;  // infinity and NaN
+  return zero >= largest ? largest : __float2int_rn(zero);
+}
+
+// x [n] -> packed, scales, zeros, by blocks of block_size elements, each the work of 2^group_shift threads. kRow: a
+// thread has any number of chunks of its block; else one.
+template <class T, int kBits, bool kRow>
+__global__ void __launch_bounds__(kMaxThreads)
+    quantize(const T* x, int64_t n, int64_t block_size, int group_shift, pyft_coding coding, uint8_t* packed,
+             void* scales, uint8_t* zeros) {
+  constexpr int kLevels = 1 << kBits;
+  PYFT_SHARED(float, thresholds, kLevels);
+  PYFT_SHARED(uint8_t, order, kLevels);
+  PYFT_SHARED(Reach, warps, kMaxThreads / 32);
+  if (threadIdx.x < kLevels) {
+    if (threadIdx.x < kLevels - 1) thresholds[threadIdx.x] = coding.thresholds[threadIdx.x];
+    order[threadIdx.x] = coding.order[threadIdx.x];
+  }
+  __syncthreads();
+
+  const int group = 1 << group_shift, rank = threadIdx.x & (group - 1);
+  const int64_t block = int64_t{blockIdx.x} * (blockDim.x >> group_shift) + (threadIdx.x >> group_shift);
+  const int64_t first = block * block_size + rank * kChunk, step = int64_t{group} * kChunk;
+  const int64_t end = n - block * block_size < block_size ? n : (block + 1) * block_size;
+  float value[kChunk];
+  Reach reach = {0, 0};
+  for (int64_t at = first; at < end; at += step) {
+    load_chunk(x + at, end - at < kChunk ? static_cast<int>(end - at) : kChunk, value);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) reach.add(value[i]);
+    if (!kRow) break;
+  }
+  reach = reach_of_group(reach, group, warps);
+  if (first >= end) return;
+
+  const float above = __uint_as_float(reach.above), below = __uint_as_float(reach.below);
+  const float span = zeros != nullptr ? __fadd_rn(above, below) : __uint_as_float(larger(reach.above, reach.below));
+  float scale = __fdiv_rn(span, coding.top);
+  int zero = 0;
+  if (coding.e8m0) {
+    const uint32_t exponent = __float_as_uint(scale) >> 23 & 255;
+    scale = power_of_two(exponent);
+    if (rank == 0) static_cast<uint8_t*>(scales)[block] = static_cast<uint8_t>(exponent);
+  } else {
+    if (rank == 0) static_cast<float*>(scales)[block] = scale;
+  }
+  if (zeros != nullptr) {
+    zero = zero_point(below, scale, kLevels - 1);
+    if (rank == 0) zeros[block] = static_cast<uint8_t>(zero);
+  }
+  const float shift = static_cast<float>(zero);
+  const uint8_t zero_code = static_cast<uint8_t>(coding.zero_code);
+  for (int64_t at = first; at < end; at += step) {
+    const int count = end - at < kChunk ? static_cast<int>(end - at) : kChunk;
+    if (kRow) load_chunk(x + at, count, value);
+    uint8_t code[kChunk];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const float scaled = __fadd_rn(__fdiv_rn(value[i], scale), shift);
+      code[i] = scale == 0.0f || i >= count ? zero_code : order[level_of<kBits>(scaled, thresholds)];
+    }
+    store_codes<kBits>(code, count, packed + at * kBits / 8);
+    if (!kRow) break;
   }
 }
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
 
-// log2 of a power of two.
-int log2_of(int64_t x) {
-  int shift = 0;
-  while (int64_t{1} << shift < x) ++shift;
-  return shift;
-}
-
-bool is_block_size(int64_t size) { return size >= 32 && size <= 4096 && (size & (size - 1)) == 0; }
-
-template <class T>
-pyft_status launch_quantize4(const void* x, int64_t n, int64_t block_size, const float* midpoints, int zero_code,
-                             uint8_t* packed, float* absmax, cudaStream_t stream) {
-  const int64_t block_threads = block_size / kChunk;
-  const int64_t threads = block_threads > kThreads ? block_threads : kThreads;
-  const int64_t grid = pyft::ceil_div(n, threads * kChunk);
+template <class T, int kBits>
+pyft_status launch(const T* x, int64_t n, int64_t block_size, const pyft_coding& coding, uint8_t* packed, void* scales,
+                   uint8_t* zeros, cudaStream_t stream) {
+  const bool flat = pyft::is_flat_block(block_size);
+  const int64_t chunks = pyft::ceil_div(block_size, kChunk);
+  const int group_shift = pyft::log2_of(flat || chunks < kThreads ? chunks : kThreads);
+  const int64_t threads = group_shift > pyft::log2_of(kThreads) ? int64_t{1} << group_shift : kThreads;
+  const int64_t grid = pyft::ceil_div(pyft::ceil_div(n, block_size), threads >> group_shift);
   if (grid > pyft::kMaxGrid) return PYFT_BAD_ARGUMENT;
-  PYFT_LAUNCH(quantize4<T>, static_cast<unsigned>(grid), static_cast<unsigned>(threads), stream,
-              static_cast<const T*>(x), n, log2_of(block_threads), midpoints, zero_code, packed, absmax);
-  return pyft::launch_status();
-}
-
-template <class T>
-pyft_status launch_dequantize4(const pyft_weight4& weight, const Slab& slab, void* out, cudaStream_t stream) {
-  const int64_t chunks = pyft::ceil_div(slab.length, kChunk);
-  const int64_t along = chunks < kThreads ? int64_t{1} << log2_of(chunks) : kThreads;  // threads along a run
-  const int64_t tiles = pyft::ceil_div(chunks, along);
-  const int64_t groups = pyft::ceil_div(slab.runs, kThreads / along);
-  if (tiles > pyft::kMaxGrid / groups) return PYFT_BAD_ARGUMENT;
-  const dim3 block(static_cast<unsigned>(along), static_cast<unsigned>(kThreads / along));
-  PYFT_LAUNCH(dequantize4<T>, static_cast<unsigned>(tiles * groups), block, stream, weight, slab,
-              log2_of(weight.block_size), static_cast<unsigned>(tiles), static_cast<T*>(out));
+  const auto kernel = flat ? quantize<T, kBits, false> : quantize<T, kBits, true>;
+  PYFT_LAUNCH(kernel, static_cast<unsigned>(grid), static_cast<unsigned>(threads), stream, x, n, block_size,
+              group_shift, coding, packed, scales, zeros);
   return pyft::launch_status();
 }
 
 }  // namespace
 
-extern "C" {
-
-pyft_status pyft_cuda_quantize4(const void* x, pyft_dtype dtype, int64_t n, int64_t block_size, const float* midpoints,
-                                int zero_code, uint8_t* packed, float* absmax, void* stream) {
-  if (n < 0 || !is_block_size(block_size) || zero_code < 0 || zero_code > 15) return PYFT_BAD_ARGUMENT;
-  if (dtype != PYFT_F32 && dtype != PYFT_F16 && dtype != PYFT_BF16) return PYFT_BAD_ARGUMENT;
-  if (n == 0) return PYFT_OK;
-  const auto launch = dtype == PYFT_F32   ? launch_quantize4<float>
-                      : dtype == PYFT_F16 ? launch_quantize4<__half>
-                                          : launch_quantize4<__nv_bfloat16>;
-  return launch(x, n, block_size, midpoints, zero_code, packed, absmax, static_cast<cudaStream_t>(stream));
+extern "C" pyft_status pyft_cuda_quantize(const void* x, pyft_dtype dtype, int64_t n, int64_t block_size,
+                                          const pyft_coding* coding, uint8_t* packed, void* scales, uint8_t* zeros,
+                                          void* stream) {
+  const int bits = coding->bits;
+  if ((bits != 4 && bits != 8) || coding->zero_code < 0 || coding->zero_code >> bits) return PYFT_BAD_ARGUMENT;
+  if (n == 0) return pyft::is_dtype(dtype) ? PYFT_OK : PYFT_BAD_ARGUMENT;
+  const bool rows = block_size > 0 && n % block_size == 0 && block_size * bits % 8 == 0;
+  if (n < 0 || !(pyft::is_flat_block(block_size) || rows)) return PYFT_BAD_ARGUMENT;
+  return pyft::with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = bits == 4 ? launch<T, 4> : launch<T, 8>;
+    return kernel(static_cast<const T*>(x), n, block_size, *coding, packed, scales, zeros,
+                  static_cast<cudaStream_t>(stream));
+  });
 }
-
-pyft_status pyft_cuda_quantize_absmax(const float* x, int64_t n, const float* offset, const float* midpoints,
-                                      int zero_code, uint8_t* codes, float* absmax, void* stream) {
-  const int64_t grid = pyft::ceil_div(n, kNestedBlock);
-  if (n < 0 || grid > pyft::kMaxGrid || zero_code < 0 || zero_code > 255) return PYFT_BAD_ARGUMENT;
-  if (n == 0) return PYFT_OK;
-  PYFT_LAUNCH(quantize_absmax, static_cast<unsigned>(grid), kNestedBlock, static_cast<cudaStream_t>(stream), x, n,
-              offset, midpoints, zero_code, codes, absmax);
-  return pyft::launch_status();
-}
-
-pyft_status pyft_cuda_dequantize4(const pyft_weight4* weight, int64_t row_begin, int64_t row_end, void* out,
-                                  int64_t out_stride, pyft_dtype dtype, void* stream) {
-  const int64_t rows = row_end - row_begin, cols = weight->cols;
-  if (row_begin < 0 || rows < 0 || row_end > weight->rows || cols < 0 || !is_block_size(weight->block_size) ||
-      (rows > 1 && out_stride < cols)) {
-    return PYFT_BAD_ARGUMENT;
-  }
-  if (dtype != PYFT_F32 && dtype != PYFT_F16 && dtype != PYFT_BF16) return PYFT_BAD_ARGUMENT;
-  if (rows == 0 || cols == 0) return PYFT_OK;
-  const bool dense = rows == 1 || out_stride == cols;  // then the rows are one run
-  const Slab slab = {row_begin * cols, dense ? 1 : rows, dense ? rows * cols : cols, out_stride};
-  const auto launch = dtype == PYFT_F32   ? launch_dequantize4<float>
-                      : dtype == PYFT_F16 ? launch_dequantize4<__half>
-                                          : launch_dequantize4<__nv_bfloat16>;
-  return launch(*weight, slab, out, static_cast<cudaStream_t>(stream));
-}
-
-}  // extern "C"

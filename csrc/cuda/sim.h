@@ -13,6 +13,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <map>
 #include <memory>
@@ -28,6 +29,10 @@
 
 struct uint3 {
   unsigned x, y, z;
+};
+
+struct alignas(8) uint2 {
+  unsigned x, y;
 };
 
 struct alignas(16) uint4 {
@@ -215,6 +220,12 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
 }
 
 inline void __syncthreads() { sim::wait(sim::State::kAtBlockBarrier); }
+inline void __syncwarp() { sim::wait(sim::State::kAtWarpBarrier); }
+
+template <class T>
+T __shfl_sync(unsigned, T value, int source_lane) {
+  return sim::shuffle(value, static_cast<unsigned>(source_lane));
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, unsigned lane_mask) {
@@ -229,6 +240,9 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline int __float2int_rn(float x) { return static_cast<int>(std::lrint(x)); }
 
 struct __nv_bfloat16 {
   uint16_t bits;
@@ -265,6 +279,20 @@ inline __half __float2half_rn(float x) {
   }
   return {static_cast<uint16_t>(sign | ((magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13))};
 }
+
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+struct __half2 {
+  __half x, y;
+};
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
+
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 
 namespace pyft {
 

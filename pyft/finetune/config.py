@@ -58,6 +58,19 @@ def _targets(value: Any) -> Any:
     return value
 
 
+def _quant(value: Any) -> Any:
+    """A format of pyft.formats, which is looked up only where the key is given: it needs torch."""
+    if value not in _formats():
+        raise ValueError("is not a format")
+    return value
+
+
+def _formats() -> list[str]:
+    from pyft.formats import FORMATS
+
+    return list(FORMATS)
+
+
 PathField = Annotated[Path, BeforeValidator(_path)]
 Whole = Annotated[int, BeforeValidator(_number)]
 Real = Annotated[float, BeforeValidator(_number)]
@@ -80,7 +93,9 @@ class Config(BaseModel):
     method: Literal["qlora", "lora", "full"] = Field(
         "qlora", description="what is trained: LoRA on a 4-bit base, LoRA, or every weight"
     )
-    quant: Literal["nf4"] = Field("nf4", description="format of the frozen weights under qlora")
+    quant: Annotated[str, BeforeValidator(_quant)] = Field(
+        "nf4", description="format of the frozen weights under qlora: nf4, int4, fp8_e4m3, ..."
+    )
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="compute dtype; auto: the best that the device runs natively"
     )
@@ -129,6 +144,9 @@ class Config(BaseModel):
     batch_size: Whole = Field(1, ge=1, le=4096, description="packed rows per forward pass")
     gradient_accumulation: Whole = Field(
         8, ge=1, le=4096, description="forward passes per optimizer step"
+    )
+    optimizer: Literal["adamw", "adamw8bit", "lion8bit", "sgd8bit"] = Field(
+        "adamw", description="AdamW, or with 8-bit states AdamW, Lion or SGD with momentum"
     )
     learning_rate: Real = Field(2e-4, gt=0, le=1, description="peak learning rate of AdamW")
     schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -191,6 +209,8 @@ def allowed(key: str) -> str:
     """What the value of `key` may be, in words: "a whole number from 1 to 512"."""
     if key == "validation":
         return "a fraction from 0 to below 1, or the path of a file"
+    if key == "quant":
+        return "the name of a format"
     if key == "targets":
         return "all-linear, or a list of layer names"
     field = Config.model_fields[key]
@@ -287,7 +307,8 @@ def _explain(
     if key not in values:
         option = key.replace("_", "-")
         return f"{where}{key} is missing; give --{option}, {Config.model_fields[key].description}"
-    return f"{source[key]}: {values[key]!r} is not {allowed(key)}"
+    what = f"one of {', '.join(_formats())}" if key == "quant" else allowed(key)
+    return f"{source[key]}: {values[key]!r} is not {what}"
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

@@ -28,6 +28,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from pyft.errors import PyftError
 from pyft.finetune import checkpoint, describe
 from pyft.finetune.config import Config
+from pyft.optim import AdamW8bit, Lion8bit, SGD8bit
 
 SKIPPED_STEPS = 30  # fp16: halvings of the loss scale (from 2^16) before its overflow counts as NaN
 
@@ -81,6 +82,14 @@ def train_in_fp32(model: Any, method: str, dtype: torch.dtype) -> torch.dtype | 
 def precision(amp: torch.dtype | None) -> AbstractContextManager[Any]:
     """Autocast to `amp`; nothing when it is None."""
     return torch.autocast(run_device().type, dtype=amp, enabled=amp is not None)
+
+
+def eight_bit(config: Config) -> tuple[type[torch.optim.Optimizer], dict[str, float]] | None:
+    """The optimizer with 8-bit states that config asks for, as Trainer takes it; None for AdamW."""
+    classes = {"adamw8bit": AdamW8bit, "lion8bit": Lion8bit, "sgd8bit": SGD8bit}
+    if config.optimizer not in classes:
+        return None
+    return classes[config.optimizer], {"lr": config.learning_rate}
 
 
 def checkpoint_activations(model: Any, config: Config) -> None:
@@ -148,6 +157,7 @@ class Loop(Trainer):
             args=args,
             train_dataset=self._chosen,
             compute_loss_func=token_mean_loss,
+            optimizer_cls_and_kwargs=eight_bit(config),
         )
         self.remove_callback(PrinterCallback)
 

@@ -23,6 +23,7 @@ from pyft.quantized import QuantizedTensor
 
 # Where torch's DistributedDataParallel looks for parameters to leave alone.
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+_BITSANDBYTES = ("Linear4bit", "Linear8bitLt")  # PEFT's classes over bitsandbytes' linears
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def apply(model: nn.Module) -> ApplyReport:
 
     Args:
         model: a PEFT model, or any module that contains PEFT LoRA layers, with plain, pyft-
-            quantized or bitsandbytes NF4 weights. Calling it again changes nothing.
+            quantized or bitsandbytes weights. Calling it again changes nothing.
 
     Returns:
         For each linear of the model what it runs now, or why it was left.
@@ -136,7 +137,7 @@ def _apply_layer(name: str, layer: LoraLayer) -> Applied:
 def _obstacle(layer: LoraLayer) -> str | None:
     """Why this layer cannot be fused at all, or None when it can."""
     plain = type(layer).plain if isinstance(layer, _Fused) else type(layer)
-    if plain is not LoraLinear and plain.__name__ != "Linear4bit":
+    if plain is not LoraLinear and plain.__name__ not in _BITSANDBYTES:
         return f"{plain.__module__}.{plain.__name__} is not a LoRA linear"
     base = layer.get_base_layer()
     if plain is LoraLinear and type(base) is not nn.Linear:
@@ -151,8 +152,8 @@ def _obstacle(layer: LoraLayer) -> str | None:
         return "its adapter has a bias (lora_bias=True)"
     if any(_hooked(module) for module in (base, *layer.lora_A.values(), *layer.lora_B.values())):
         return "forward hooks on its parts would not run"
-    if plain.__name__ == "Linear4bit":
-        return bitsandbytes.obstacle(base.weight)
+    if plain.__name__ in _BITSANDBYTES:
+        return bitsandbytes.obstacle(base)
     if not base.weight.is_floating_point() or base.weight.dtype.itemsize < 2:
         return f"its weight is {base.weight.dtype}"
     return None
@@ -167,8 +168,8 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _weight(layer: LoraLayer) -> Tensor:
-    weight = layer.get_base_layer().weight
-    return bitsandbytes.as_quantized(weight) if hasattr(weight, "quant_state") else weight
+    base = layer.get_base_layer()
+    return bitsandbytes.as_quantized(base) if bitsandbytes.holds(base) else base.weight
 
 
 class _Fused:
@@ -193,7 +194,8 @@ class _Fused:
         # What may have changed since apply: an adapter with a bias, hooks, a weight bitsandbytes
         # has repacked.
         changed = lora_b.bias is not None or any(_hooked(part) for part in (base, lora_a, lora_b))
-        if changed or (hasattr(base.weight, "quant_state") and bitsandbytes.obstacle(base.weight)):
+        theirs = bitsandbytes.holds(base)
+        if changed or (theirs and bitsandbytes.obstacle(base)):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         weight = _weight(layer)
         dtype = _compute_dtype(layer, x, weight)
@@ -205,7 +207,7 @@ class _Fused:
         y = lora_linear(x.to(dtype), weight, lora_a.weight, lora_b.weight, scale, base.bias, p)
         # Under autocast torch.nn.Linear answers in autocast's dtype, bitsandbytes' in its input's.
         in_autocast = torch.is_autocast_enabled(x.device.type)
-        return y if in_autocast and not hasattr(base.weight, "quant_state") else y.to(x.dtype)
+        return y if in_autocast and not theirs else y.to(x.dtype)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled by the name of the layer's own class: the fused one is made where it is read."""

@@ -1,104 +1,28 @@
-"""Loading a checkpoint, its weights quantized one by one through transformers' quantizer registry.
+"""Loading a checkpoint: quantized while it is read, or already quantized and read as it is.
 
-``AutoModel.from_pretrained(path, quantization_config=PyftConfig())`` works by itself; ``prepare``
-is that plus adapters. transformers reads one tensor at a time from the memory-mapped safetensors
-file, this quantizer packs it, and the source is let go before the next one is read.
+``AutoModelForCausalLM.from_pretrained(path, quantization_config=PyftConfig())`` works by itself
+once this module is imported; ``prepare`` is that plus adapters, and reads what other libraries have
+quantized. transformers reads one tensor at a time from the memory-mapped safetensors file, the
+quantizer packs it, and the source is let go before the next one is read.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pyft.errors import UsageError
-from pyft.formats import BLOCK_SIZES, FORMATS
-from pyft.ops.quantize import quantize
+from pyft.integrations.quantization_config import READ, PyftConfig, config_of_source
+from pyft.integrations.quantizer import PyftQuantizer, packed
+from pyft.integrations.reading import linear_names
+from pyft.integrations.stored import AGAIN, of_files, read_json, shards
+from pyft.ops.quantize import check_format
 from pyft.quantized import QuantizedTensor
 
-
-@register_quantization_config("pyft")
-class PyftConfig(QuantizationConfigMixin):
-    """How ``from_pretrained`` quantizes: every linear but the output head or the modules named.
-
-    Args:
-        format: a name in ``pyft.formats.FORMATS``.
-        block_size: elements per absmax.
-        double_quant: store absmax in 8 bits.
-        modules_to_not_convert: names of modules to leave; None leaves the head and what is tied to
-            it.
-    """
-
-    def __init__(
-        self,
-        format: str = "nf4",
-        block_size: int = 64,
-        double_quant: bool = True,
-        modules_to_not_convert: list[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.quant_method = "pyft"
-        self.format, self.block_size, self.double_quant = format, block_size, double_quant
-        self.modules_to_not_convert = modules_to_not_convert
-
-
-@register_quantizer("pyft")
-class PyftQuantizer(HfQuantizer):
-    """Packs linear weights as they are loaded; the module stays a torch.nn.Linear."""
-
-    requires_calibration = False
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Note which parameters to quantize: the model's structure stays as it is."""
-        config = self.quantization_config
-        left = self.get_modules_to_not_convert(
-            model, config.modules_to_not_convert, model._keep_in_fp32_modules
-        )
-        self._targets = {f"{name}.weight" for name in linear_names(model, left)}
-
-    def param_needs_quantization(
-        self, model: PreTrainedModel, param_name: str, **kwargs: Any
-    ) -> bool:
-        """Whether this parameter is packed as it is loaded."""
-        return param_name in self._targets
-
-    def get_quantize_ops(self) -> ConversionOps:
-        """What packs one parameter."""
-        return _Quantize(self.quantization_config)
-
-    def is_serializable(self) -> bool:
-        """A packed model is not saved by transformers; its adapter is."""
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        """Adapters on it train."""
-        return True
-
-
-class _Quantize(ConversionOps):  # type: ignore[misc]
-    def __init__(self, config: PyftConfig) -> None:
-        self.config = config
-
-    def convert(
-        self, input_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, nn.Parameter]:
-        found = {}
-        for name, value in input_dict.items():
-            weight: Tensor = value[0] if isinstance(value, list) else value
-            found[name] = _packed(
-                weight, self.config.format, self.config.block_size, self.config.double_quant
-            )
-        return found
-
-
-def _packed(weight: Tensor, format: str, block_size: int, double_quant: bool) -> nn.Parameter:
-    return nn.Parameter(quantize(weight, format, block_size, double_quant), requires_grad=False)
+__all__ = ["PyftConfig", "check_checkpoint", "load", "prepare", "quantizable"]
 
 
 def quantizable(model: PreTrainedModel) -> list[str]:
@@ -106,67 +30,65 @@ def quantizable(model: PreTrainedModel) -> list[str]:
     return linear_names(model, HfQuantizer.get_modules_to_not_convert(model))
 
 
-def linear_names(model: nn.Module, left: list[str]) -> list[str]:
-    """Names of the plain linears of ``model`` but those in (or inside a module in) ``left``."""
-    linears = (name for name, module in model.named_modules() if type(module) is nn.Linear)
-    return [name for name in linears if not any(f".{skip}." in f".{name}." for skip in left)]
-
-
 def prepare(
     path_or_model: str | Path | PreTrainedModel,
     quant: str | None = "nf4",
     lora: Any | None = None,
     dtype: torch.dtype | None = None,
-    block_size: int = 64,
-    double_quant: bool = True,
+    block_size: int | str | None = None,
+    double_quant: bool | None = None,
     device: str | torch.device | None = None,
 ) -> nn.Module:
     """A causal language model ready to fine-tune: quantized, with adapters, its linears fused.
 
     Args:
         path_or_model: a checkpoint directory (config.json and safetensors, sharded or not), or a
-            loaded model, whose linears are then quantized in place one by one.
+            loaded model, whose linears are then quantized in place one by one. Weights stored
+            quantized by pyft, by bitsandbytes (nf4, fp4, LLM.int8) or in 4 bits by GPTQ or AWQ are
+            read as they are: no bit of bitsandbytes' changes, the other two become int4_zp or int4.
         quant: a format of ``pyft.formats``, or None to leave the weights as they are.
         lora: a ``peft.LoraConfig``, or None for no adapters.
         dtype: of what is not quantized and of the computation; None takes the checkpoint's.
-        block_size, double_quant: as in ``pyft.quantize``.
+        block_size, double_quant: as in ``pyft.quantize``; None takes the format's own.
         device: where the weights go as they are loaded; None is the CPU.
 
     Returns:
         The model, or the PeftModel around it, in eval mode; ``pyft.apply`` has been called on it.
+        ``save_pretrained`` of the model stores the weights quantized, bitsandbytes' in its layout;
+        ``PyftConfig.layout`` says how to choose.
 
     Memory: while loading, the process holds what is already packed, the tensor being packed and
-    its packed form, and what the C library keeps of freed blocks (with glibc tens of MiB).
+    its packed form, and what the C library keeps of freed blocks (with glibc tens of MiB). Weights
+    stored as pyft holds them stay in the mapped file on the CPU.
 
     Raises:
         UsageError: not a model directory, weights that are not safetensors, an unknown format or
-            block size.
+            block size, tensors of a quantized checkpoint that do not fit.
     """
     from pyft.integrations.peft import apply
 
-    if quant is not None and quant not in FORMATS:
-        raise UsageError(
-            f"prepare: format {quant!r} is unknown; use one of {', '.join(FORMATS)} or None"
-        )
-    if block_size not in BLOCK_SIZES:
-        raise UsageError(
-            f"prepare: block_size {block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}"
-        )
+    config = None
+    if quant is not None:
+        check_format("prepare", quant, block_size, double_quant)
+        config = PyftConfig(quant, block_size, double_quant)
     if isinstance(path_or_model, PreTrainedModel):
         model = path_or_model
-        if quant is not None:
-            for name in quantizable(model):
-                linear = model.get_submodule(name)
-                if not isinstance(linear.weight, QuantizedTensor):
-                    linear.weight = _packed(linear.weight, quant, block_size, double_quant)
+        if config is not None:
+            _quantize_in_place(model, config)
     elif not isinstance(path_or_model, str | Path):
         raise UsageError(
             f"prepare: {type(path_or_model).__name__} is neither a checkpoint directory nor a "
             "transformers model; pass the base model and its adapters as lora=peft.LoraConfig(...)"
         )
     else:
-        config = PyftConfig(quant, block_size, double_quant) if quant is not None else None
-        model = load(Path(path_or_model), config, dtype, device)
+        path, chosen = Path(path_or_model), (block_size, double_quant) != (None, None)
+        check_checkpoint(path)
+        if chosen and _source_of(path) is not None:
+            raise UsageError(
+                f"prepare: {path} is quantized already and read as it is; leave block_size and "
+                "double_quant out"
+            )
+        model = load(path, config, dtype, device)
     if lora is not None:
         from peft import get_peft_model
 
@@ -176,6 +98,17 @@ def prepare(
     return ready
 
 
+def _quantize_in_place(model: PreTrainedModel, config: PyftConfig) -> None:
+    for name in quantizable(model):
+        linear = model.get_submodule(name)
+        if not isinstance(linear.weight, QuantizedTensor):
+            linear.weight = packed(linear.weight, config)
+    if getattr(model, "hf_quantizer", None) is None:  # save_pretrained asks it for the weights
+        model.hf_quantizer = PyftQuantizer(config, pre_quantized=False)
+        model.is_quantized, model.quantization_method = True, config.quant_method
+        model.hf_quantizer.postprocess_model(model)
+
+
 def load(
     path: Path,
     config: PyftConfig | None,
@@ -183,17 +116,58 @@ def load(
     device: str | torch.device | None = None,
 ) -> PreTrainedModel:
     """``from_pretrained`` on a checkpoint directory after checking it; nothing is downloaded, no
-    pickle is read.
+    pickle is read. ``config`` is for weights that are not quantized yet.
     """
     check_checkpoint(path)
-    return AutoModelForCausalLM.from_pretrained(
+    of_files(shards(path))
+    source, options = _source_of(path), {}
+    if source is not None and (config is not None or source.get("quant_method") in READ):
+        model_config = AutoConfig.from_pretrained(path, local_files_only=True)
+        model_config.quantization_config = vars(_stored_config(path, source, config))
+        config, options = None, {"config": model_config}
+    model, found = AutoModelForCausalLM.from_pretrained(
         path,
         quantization_config=config,
         dtype=dtype or "auto",
         device_map={"": device} if device is not None else None,
         local_files_only=True,
         use_safetensors=True,
+        output_loading_info=True,
+        **options,
     )
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers has given them random values
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UsageError(f"model: {path} has no {missing[0]}{more}; {AGAIN}")
+    return model
+
+
+def _source_of(path: Path) -> dict[str, Any] | None:
+    """The quantization_config in a checkpoint's config.json."""
+    source = read_json(path / "config.json").get("quantization_config")
+    if source is not None and not isinstance(source, dict):
+        raise UsageError(
+            f"{path / 'config.json'}: quantization_config is {source!r}, not an object; remove it, "
+            "or fetch the checkpoint again"
+        )
+    return source
+
+
+def _stored_config(path: Path, source: dict[str, Any], asked: PyftConfig | None) -> PyftConfig:
+    """How to read a quantized checkpoint, where that is what was asked for."""
+    where, method = f"{path / 'config.json'}: quantization_config", source.get("quant_method")
+    if method not in READ:
+        raise UsageError(
+            f"{where}: {method!r} is not a quantization pyft reads ({', '.join(READ)}); use the "
+            "16-bit model, or quant=None to load it as transformers does"
+        )
+    found = config_of_source(source, where)
+    if asked is not None and asked.format not in ("nf4", found.format):
+        raise UsageError(
+            f"prepare: {path} is quantized already, in {found.format}; leave quant out to read it, "
+            f"or give the 16-bit model to quantize it in {asked.format}"
+        )
+    return found
 
 
 def check_checkpoint(path: Path) -> None:

@@ -20,46 +20,19 @@ from torch import Tensor
 
 from pyft.backend import backend, chosen, implementation, select
 from pyft.errors import UsageError
-from pyft.formats import FORMATS
 from pyft.op import Op, Primitive
+from pyft.ops import qlinear
 from pyft.ops.dropout import apply_dropout, as_seed, check_probability
-from pyft.ops.quantize import DTYPES, dequantize_rows
 from pyft.quantized import QuantizedTensor
 
-# The weight travels as: dense (weight, None, None, None, "") or quantized (packed, absmax, nested,
-# offset, format).
-
-
-def _decoded(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested: Tensor | None,
-    offset: Tensor | None,
-    format: str,
-    block_size: int,
-    out_features: int,
-    name: str,
-) -> Tensor:
-    """The weight as a plain [N, K] of x's dtype."""
-    if absmax is None:
-        return weight
-    parts = [part for part in (weight, absmax, nested, offset) if part is not None]
-    dtype = x.dtype if x.dtype in DTYPES else torch.float32
-    scratch = torch.empty(out_features, x.shape[1], dtype=dtype, device=x.device)
-    with backend(name):
-        dequantize_rows(
-            parts, FORMATS[format], block_size, (0, out_features), out_features, scratch
-        )
-    return scratch.to(x.dtype)
+# The weight travels as a dense tensor, or as None with the stored tensors of a quantized one and
+# their format and block size.
 
 
 def _forward(
     x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested: Tensor | None,
-    offset: Tensor | None,
+    weight: Tensor | None,
+    stored: list[Tensor],
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     bias: Tensor | None,
@@ -73,8 +46,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     with backend(name):
         select("lora_linear", x.device)  # raises where the backend asked for by name cannot run
-    w = _decoded(x, weight, absmax, nested, offset, format, block_size, out_features, name)
-    y = torch.mm(x, w.t()) if bias is None else torch.addmm(bias, x, w.t())
+    if weight is None:
+        shape = (out_features, x.shape[1])
+        y = qlinear.forward(x, qlinear.Stored(stored, format, block_size, shape), bias, name)
+    else:
+        y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
     if lora_a is None or lora_b is None:
         return y, x.new_empty(0)
     s = torch.mm(x if seed is None else apply_dropout(x, dropout_p, seed), lora_a.t())
@@ -83,10 +59,8 @@ def _forward(
 
 def _fake(
     x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested: Tensor | None,
-    offset: Tensor | None,
+    weight: Tensor | None,
+    stored: list[Tensor],
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     bias: Tensor | None,
@@ -98,8 +72,8 @@ def _fake(
     dropout_p: float,
     name: str,
 ) -> tuple[Tensor, Tensor]:
-    if absmax is not None:
-        x.new_empty(out_features, x.shape[1])  # the decoded weight: a traced peak must see it
+    if weight is None:  # what is decoded: a traced peak must see it
+        x.new_empty(qlinear.scratch_shape(out_features, x.shape[1], x.dtype))
     s = x.new_empty(0) if lora_a is None else x.new_empty(x.shape[0], lora_a.shape[0])
     return x.new_empty(x.shape[0], out_features), s
 
@@ -108,10 +82,8 @@ def _gradients(
     dy: Tensor,
     x: Tensor,
     s: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested: Tensor | None,
-    offset: Tensor | None,
+    weight: Tensor | None,
+    stored: list[Tensor],
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     seed: Tensor | None,
@@ -127,10 +99,11 @@ def _gradients(
     dx, dw, da, db, dbias = (
         x.new_empty(0) for _ in range(5)
     )  # an op's outputs may not be one another
-    if need_x:
-        w = _decoded(x, weight, absmax, nested, offset, format, block_size, dy.shape[1], name)
-        dx = torch.mm(dy, w)
-        del w
+    if need_x and weight is not None:
+        dx = torch.mm(dy, weight)
+    elif need_x:
+        shape = (dy.shape[1], x.shape[1])
+        dx = qlinear.input_gradient(dy, qlinear.Stored(stored, format, block_size, shape), name)
     if lora_a is not None and lora_b is not None and (need_x or need_a):
         ds = torch.mm(dy, lora_b).mul_(scale)
         if need_x and seed is None:
@@ -152,10 +125,8 @@ def _fake_gradients(
     dy: Tensor,
     x: Tensor,
     s: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested: Tensor | None,
-    offset: Tensor | None,
+    weight: Tensor | None,
+    stored: list[Tensor],
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     seed: Tensor | None,
@@ -167,8 +138,8 @@ def _fake_gradients(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, k, r = dy.shape[1], x.shape[1], 0 if lora_a is None else lora_a.shape[0]
-    if needs[0] and absmax is not None:
-        x.new_empty(n, k)
+    if needs[0] and weight is None:
+        x.new_empty(qlinear.scratch_shape(k, n, x.dtype))
     shapes = ((dy.shape[0], k), (n, k), (r, k), (n, r), (n,))
     dx, dw, da, db, dbias = (
         x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)
@@ -177,35 +148,32 @@ def _fake_gradients(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, absmax, nested, offset, lora_a, lora_b, _, seed, *rest = inputs
+    x, weight, stored, lora_a, lora_b, bias, seed, *static = inputs
     s = output[1]
-    need_w, need_a, need_b = (ctx.needs_input_grad[i] for i in (1, 5, 6))
+    leaves = (x, weight, lora_a, lora_b, bias)
+    ctx.needs = [leaf is not None and leaf.requires_grad for leaf in leaves]
+    _, need_w, need_a, need_b, _ = ctx.needs
     if not (need_w or need_a):
         x = x.new_empty(0, x.shape[1])  # dX needs only the number of columns
     if not need_b:
         s = s.new_empty(0)
-    ctx.save_for_backward(x, s, weight, absmax, nested, offset, lora_a, lora_b, seed)
-    ctx.format, ctx.block_size, ctx.scale, ctx.dropout_p, ctx.name = (
-        rest[0],
-        rest[1],
-        rest[3],
-        rest[4],
-        rest[5],
-    )
+    ctx.save_for_backward(x, s, weight, lora_a, lora_b, seed, *stored)
+    ctx.format, ctx.block_size, _, ctx.scale, ctx.dropout_p, ctx.name = static
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 15
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 5, 6, 7)]
+        return (None,) * 13
+    x, s, weight, lora_a, lora_b, seed, *stored = ctx.saved_tensors
     static = (ctx.format, ctx.block_size, ctx.scale, ctx.dropout_p, ctx.name)
-    found = _lora_linear_backward(dy.contiguous(), *ctx.saved_tensors, *static, needs)
+    saved = (x, s, weight, stored, lora_a, lora_b, seed)
+    found = _lora_linear_backward(dy.contiguous(), *saved, *static, ctx.needs)
     dx, dw, da, db, dbias = (
-        gradient if need else None for gradient, need in zip(found, needs, strict=True)
+        gradient if need else None for gradient, need in zip(found, ctx.needs, strict=True)
     )
-    return dx, dw, None, None, None, da, db, dbias, *(None,) * 7
+    return dx, dw, None, da, db, dbias, *(None,) * 7
 
 
 _lora_linear_backward = Primitive("lora_linear_backward", _gradients, _fake_gradients)
@@ -259,15 +227,23 @@ def lora_linear(
         reference = implementation("lora_linear", "reference").lora_linear
         plain: Tensor = reference(x, dense, lora_a, lora_b, scale, bias, dropout_p, mask_seed)
         return plain
-    stored: tuple[Tensor | None, ...] = (weight, None, None, None)
-    static: tuple[str, int] = ("", 0)
+    given: Tensor | None = weight
+    stored: list[Tensor] = []
+    static = ("", 0)
     if isinstance(weight, QuantizedTensor):
-        stored = (weight.packed, weight.absmax, weight.nested, weight.offset)
-        static = (weight.format.name, weight.block_size)
+        given, stored, static = None, weight.parts(), (weight.format.name, weight.block_size)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     adapter = (lora_a, lora_b, bias, drawn)
     y: Tensor = _lora_linear(
-        rows, *stored, *adapter, *static, weight.shape[0], float(scale), float(dropout_p), name
+        rows,
+        given,
+        stored,
+        *adapter,
+        *static,
+        weight.shape[0],
+        float(scale),
+        float(dropout_p),
+        name,
     )[0]
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -295,6 +271,13 @@ def _check(
             raise UsageError(
                 f"lora_linear: lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} "
                 f"do not fit weight {(n, k)}; need [R, {k}] and [{n}, R]"
+            )
+    for what, tensor in (
+        ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias),
+    ):  # fmt: skip
+        if tensor is not None and tensor.device != x.device:
+            raise UsageError(
+                f"lora_linear: x is on {x.device} and {what} on {tensor.device}; move one of them"
             )
     if bias is not None and bias.shape != (n,):
         raise UsageError(

@@ -6,62 +6,121 @@ uses it.
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from pyft.backend import backend, chosen, device_guard, implementation, select
+from pyft.backend import (
+    backend,
+    chosen,
+    device_guard,
+    implementation,
+    large_empty,
+    select,
+)
 from pyft.errors import UsageError
 from pyft.formats import (
-    BLOCK_SIZES,
     FORMATS,
+    NESTED_BLOCK,
+    ROW,
+    SCALE_FORMAT,
     Format,
-    absmax_format,
+    blocks_of,
     code_table,
-    midpoint_table,
-    nested_blocks,
+    e8m0_table,
+    order_table,
+    scale_offset,
+    threshold_table,
 )
-from pyft.op import Primitive
-from pyft.quantized import QuantizedTensor
+from pyft.op import Primitive, plain
+from pyft.quantized import QuantizedTensor, columns_of, named_parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
 def quantize(
-    w: Tensor, format: str = "nf4", block_size: int = 64, double_quant: bool = True
+    w: Tensor,
+    format: str = "nf4",
+    block_size: int | str | None = None,
+    double_quant: bool | None = None,
 ) -> QuantizedTensor:
-    """Quantize a weight in blocks of ``block_size`` consecutive elements.
+    """Quantize a weight in blocks of consecutive elements of its rows.
 
     Args:
-        w: the weight, any shape, fp32, bf16 or fp16; read, never written.
+        w: the weight, any shape (rows are its first dimension), fp32, bf16 or fp16; read, never
+            written. Infinities and NaN are kept as far as the block they are in can: see
+            ``pyft.formats``.
         format: a name in ``pyft.formats.FORMATS``.
-        block_size: elements per absmax: 32, 64, ... 4096.
-        double_quant: store absmax in 8 bits, 0.127 instead of 0.5 bits per weight at block size 64.
+        block_size: elements per scale: 32, 64, ... 4096, or "row" for one scale a row; None takes
+            the format's own.
+        double_quant: store the scales in 8 bits, 0.127 instead of 0.5 bits per weight at block size
+            64; None takes the format's own (yes for nf4 and fp4).
 
     Returns:
         A QuantizedTensor of w's shape, dtype and device.
 
     Raises:
-        UsageError: unknown format, dtype or block size.
+        UsageError: unknown format, dtype or block size, scales that cannot be quantized.
 
-    Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs (2023).
+    Source: see ``pyft.formats``.
     """
-    if format not in FORMATS:
-        raise UsageError(f"quantize: format {format!r} is unknown; use one of {', '.join(FORMATS)}")
-    if block_size not in BLOCK_SIZES:
-        raise UsageError(
-            f"quantize: block_size {block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}"
-        )
+    fmt, size, nest = check_format("quantize", format, block_size, double_quant)
+    if not isinstance(w, Tensor):
+        raise UsageError(f"quantize: the weight is a {type(w).__name__}; pass a tensor")
     if w.dtype not in DTYPES or isinstance(w, QuantizedTensor):
         what = "already quantized" if isinstance(w, QuantizedTensor) else f"of dtype {w.dtype}"
         raise UsageError(
             f"quantize: the weight is {what}; pass a float32, bfloat16 or float16 tensor"
         )
+    cols = rows_and_columns(w.shape)[1]
+    if size == ROW:
+        if fmt.bits == 4 and cols % 2:
+            raise UsageError(
+                f"quantize: rows of {cols} elements have no whole number of bytes in {format}; "
+                "use a block_size of 32, 64, ... 4096"
+            )
+        size = cols or NESTED_BLOCK
+    stored = _quantize(w.detach(), fmt.name, size, nest, chosen())
+    parts = [part for part, there in zip(stored, _present(fmt, nest), strict=True) if there]
+    return QuantizedTensor(parts, format, size, w.shape, w.dtype)
+
+
+def check_format(
+    where: str, format: str, block_size: int | str | None, double_quant: bool | None
+) -> tuple[Format, int, bool]:
+    """The format, its block size (``ROW`` for rows) and whether scales are quantized; UsageError
+    names what is wrong.
+    """
+    if not isinstance(format, str) or format not in FORMATS:
+        raise UsageError(f"{where}: format {format!r} is unknown; use one of {', '.join(FORMATS)}")
     fmt = FORMATS[format]
-    packed, absmax, nested, offset = _quantize(
-        w.detach(), fmt.name, block_size, double_quant, chosen()
-    )
-    if not double_quant:
-        nested = offset = None
-    return QuantizedTensor(packed, absmax, nested, offset, format, block_size, w.shape, w.dtype)
+    if block_size is None:
+        size = fmt.block_size
+    elif block_size == "row" and not fmt.e8m0:
+        size = ROW
+    elif type(block_size) is int and block_size in fmt.block_sizes:
+        size = block_size
+    else:
+        sizes = ", ".join(map(str, fmt.block_sizes))
+        raise UsageError(
+            f"{where}: block_size {block_size!r} is not one {format} can have: {sizes}"
+            + ("" if fmt.e8m0 else ', "row"')
+        )
+    if double_quant and fmt.e8m0:
+        raise UsageError(
+            f"{where}: the scales of {format} are 8 bits already; leave double_quant out"
+        )
+    return fmt, size, fmt.double_quant if double_quant is None else double_quant
+
+
+def rows_and_columns(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+    """A weight of this shape as a matrix: its first dimension, and all the others."""
+    numel = torch.Size(shape).numel()
+    rows = shape[0] if len(shape) > 1 and numel else 1
+    return rows, numel // rows
+
+
+def _present(fmt: Format, double_quant: bool) -> tuple[bool, ...]:
+    return True, True, fmt.zero_points, double_quant, double_quant
 
 
 @torch.no_grad()
@@ -85,53 +144,60 @@ def dequantize(
     dtype = dtype or (out.dtype if out is not None else q.dtype)
     if dtype not in DTYPES:
         raise UsageError(f"dequantize: dtype {dtype} is not one of float32, bfloat16, float16")
+    shape = rows_and_columns(q.shape)
     if out is None:
-        rows = q.shape[0] if q.dim() > 1 and q.numel() else 1
-        stored = (q.packed, q.absmax, q.nested, q.offset, q.format.name, q.block_size)
-        decoded: Tensor = _decode(*stored, rows, q.numel() // rows, dtype, chosen())
+        stored = (q.parts(), q.format.name, q.block_size)
+        decoded: Tensor = _decode(*stored, *shape, dtype, chosen())
         return decoded.view(q.shape)
     if out.dtype != dtype or out.shape != q.shape or out.device != q.device:
         raise UsageError(
             f"dequantize: out is {out.dtype} {tuple(out.shape)} on {out.device}; "
             f"it must be {dtype} {tuple(q.shape)} on {q.device}"
         )
+    if q.columns is not None or not plain((out, q.parts())):
+        return out.copy_(dequantize(q, dtype))
     into = _as_rows(out)
     if into is None:
         raise UsageError(
             f"dequantize: out has strides {out.stride()}; elements of a row must be adjacent"
         )
-    dequantize_rows(q.parts(), q.format, q.block_size, (0, into.shape[0]), into.shape[0], into)
+    dequantize_slab(q.parts(), q.format, q.block_size, shape, (0, shape[0], 0, shape[1]), into)
+    if not out.is_inference():
+        increment_version(out)  # autograd may have saved what was there
     return out
 
 
 def _quantize_now(
     w: Tensor, format: str, block_size: int, double_quant: bool, name: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The stored tensors of w; nested and offset are empty without double quantization."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """packed, scales, zeros, nested and offset; those the format does without are empty."""
     with backend(name):
         name = select("quantize", w.device)
     with device_guard(w):
-        packed, absmax = _quantize4(w, FORMATS[format], block_size, name)
+        packed, scales, zeros = _blockwise(w, FORMATS[format], block_size, name)
+        zeros = scales.new_empty(0) if zeros is None else zeros
         if not double_quant:
-            return packed, absmax, absmax.new_empty(0), absmax.new_empty(0)
-        return packed, *_quantize_absmax(absmax, name)
+            return packed, scales, zeros, scales.new_empty(0), scales.new_empty(0)
+        offset = scale_offset(scales)
+        codes, nested, _ = _blockwise(scales - offset, SCALE_FORMAT, NESTED_BLOCK, name)
+        return packed, codes, zeros, nested, offset
 
 
 def _fake_quantize(
     w: Tensor, format: str, block_size: int, double_quant: bool, name: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    blocks = -(-w.numel() // block_size)
-    packed = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
-    absmax = w.new_empty(blocks, dtype=torch.uint8 if double_quant else torch.float32)
-    nested = w.new_empty(nested_blocks(blocks) if double_quant else 0, dtype=torch.float32)
-    return packed, absmax, nested, w.new_empty(() if double_quant else 0, dtype=torch.float32)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    fmt, n = FORMATS[format], w.numel()
+    blocks = blocks_of(n, block_size)
+    byte_scales = fmt.e8m0 or double_quant
+    packed = w.new_empty((n * fmt.bits + 7) // 8, dtype=torch.uint8)
+    scales = w.new_empty(blocks, dtype=torch.uint8 if byte_scales else torch.float32)
+    zeros = w.new_empty(blocks if fmt.zero_points else 0, dtype=torch.uint8)
+    nested = w.new_empty(blocks_of(blocks, NESTED_BLOCK) if double_quant else 0).float()
+    return packed, scales, zeros, nested, w.new_empty(() if double_quant else 0).float()
 
 
 def _decode_now(
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Tensor | None,
-    offset: Tensor | None,
+    parts: list[Tensor],
     format: str,
     block_size: int,
     rows: int,
@@ -140,18 +206,16 @@ def _decode_now(
     name: str,
 ) -> Tensor:
     """The whole weight as a new [rows, cols]."""
-    out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
-    parts = [part for part in (packed, absmax, nested, offset) if part is not None]
+    out = large_empty((rows, cols), dtype, parts[0].device)
     with backend(name):
-        dequantize_rows(parts, FORMATS[format], block_size, (0, rows), rows, out)
-    return out
+        slab = (0, rows, 0, cols)
+        dequantize_slab(parts, FORMATS[format], block_size, (rows, cols), slab, out)
+    columns = columns_of(parts)
+    return out if columns is None else out.index_select(1, columns.argsort())
 
 
 def _fake_decode(
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Tensor | None,
-    offset: Tensor | None,
+    parts: list[Tensor],
     format: str,
     block_size: int,
     rows: int,
@@ -159,61 +223,60 @@ def _fake_decode(
     dtype: torch.dtype,
     name: str,
 ) -> Tensor:
-    return packed.new_empty(rows, cols, dtype=dtype)
+    return parts[0].new_empty(rows, cols, dtype=dtype)
 
 
 _quantize = Primitive("quantize", _quantize_now, _fake_quantize)
 _decode = Primitive("dequantize", _decode_now, _fake_decode)
 
 
-def dequantize_rows(
+def dequantize_slab(
     parts: list[Tensor],
     fmt: Format,
     block_size: int,
-    rows: tuple[int, int],
-    total_rows: int,
+    shape: tuple[int, int],
+    slab: tuple[int, int, int, int],
     out: Tensor,
 ) -> None:
-    """Decode rows rows[0] to rows[1] of a weight [total_rows, K] into out, unchecked."""
-    packed, absmax = parts[:2]
-    nested, offset = parts[2:] if len(parts) == 4 else (None, None)
+    """Decode rows slab[0] to slab[1], columns slab[2] to slab[3] of a weight of ``shape`` into out,
+    whose columns are adjacent; unchecked. Columns are in the order they are stored in.
+    """
+    if out.numel() == 0:
+        return
+    stored = named_parts(parts, fmt)
     name = select("quantize", out.device)
     kernels = implementation("quantize", name)
     if name == "reference":
-        kernels.dequantize(packed, absmax, nested, offset, fmt, block_size, rows, out)
+        kernels.dequantize(*stored, fmt, block_size, shape, slab, out)
         return
-    codes = code_table(fmt, out.device)
-    absmax_codes = code_table(absmax_format(), out.device) if nested is not None else None
-    inputs = (packed, absmax, nested, offset, codes, absmax_codes)
+    tables = decode_tables(fmt, stored[3] is not None, out.device)
     with device_guard(out):
-        kernels.dequantize4(*inputs, total_rows, out.shape[1], block_size, *rows, out)
+        kernels.dequantize(*stored, *tables, fmt.bits, shape, block_size, slab, out)
 
 
-def _quantize4(w: Tensor, fmt: Format, block_size: int, name: str) -> tuple[Tensor, Tensor]:
+def decode_tables(fmt: Format, nested: bool, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """What kernels decode with: the codes fp32 [2**bits], and the scales' codes fp32 [256]."""
+    codes = code_table(fmt, device)
+    if fmt.e8m0:
+        return codes, e8m0_table(device)
+    return codes, code_table(SCALE_FORMAT, device) if nested else None
+
+
+def _blockwise(
+    x: Tensor, fmt: Format, block_size: int, name: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
     kernels = implementation("quantize", name)
     if name == "reference":
-        packed, absmax = kernels.quantize(w, fmt, block_size)
-        return packed, absmax
-    packed = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8, device=w.device)
-    absmax = torch.empty(-(-w.numel() // block_size), dtype=torch.float32, device=w.device)
-    midpoints = midpoint_table(fmt, w.device)
-    kernels.quantize4(w.contiguous(), midpoints, fmt.zero_code, block_size, packed, absmax)
-    return packed, absmax
-
-
-def _quantize_absmax(absmax: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = implementation("quantize", name)
-    if name == "reference":
-        codes, nested, offset = kernels.quantize_absmax(absmax)
-        return codes, nested, offset
-    fmt = absmax_format()
-    offset = absmax.double().sum().div(max(absmax.numel(), 1)).float()
-    codes = torch.empty(absmax.numel(), dtype=torch.uint8, device=absmax.device)
-    nested = torch.empty(nested_blocks(absmax.numel()), dtype=torch.float32, device=absmax.device)
-    kernels.quantize_absmax(
-        absmax, offset, midpoint_table(fmt, absmax.device), fmt.zero_code, codes, nested
-    )
-    return codes, nested, offset
+        packed, scales, zeros = kernels.quantize(x, fmt, block_size)
+        return packed, scales, zeros
+    blocks, device = blocks_of(x.numel(), block_size), x.device
+    packed = large_empty(((x.numel() * fmt.bits + 7) // 8,), torch.uint8, device)
+    scale_dtype = torch.uint8 if fmt.e8m0 else torch.float32
+    scales = torch.empty(blocks, dtype=scale_dtype, device=device)
+    zeros = torch.empty(blocks, dtype=torch.uint8, device=device) if fmt.zero_points else None
+    coding = (threshold_table(fmt, device), order_table(fmt, device), fmt.zero_code, fmt.top)
+    kernels.quantize(x.contiguous(), *coding, fmt.e8m0, fmt.bits, block_size, packed, scales, zeros)
+    return packed, scales, zeros
 
 
 def _as_rows(out: Tensor) -> Tensor | None:

@@ -3,62 +3,97 @@
 import torch
 from torch import Tensor
 
-from pyft.formats import Format, absmax_format, code_table, midpoint_table
+from pyft.formats import (
+    NESTED_BLOCK,
+    SCALE_FORMAT,
+    Format,
+    code_table,
+    e8m0_table,
+    order_table,
+    scale_offset,
+    threshold_table,
+)
 
 
-def quantize_blocks(x: Tensor, fmt: Format, block_size: int) -> tuple[Tensor, Tensor]:
-    """Code a flat fp32 tensor [n]: uint8 codes, padded to whole blocks; fp32 absmax [blocks]."""
-    blocks = torch.nn.functional.pad(x, (0, -x.numel() % block_size)).view(-1, block_size)
-    absmax = blocks.abs().amax(dim=1) if blocks.numel() else blocks.new_empty(0)
-    codes = torch.zeros(blocks.shape, dtype=torch.int16, device=x.device)
-    scaled = blocks / absmax[:, None]
-    for midpoint in midpoint_table(fmt, x.device):
-        codes += scaled > midpoint
-    codes[absmax == 0] = fmt.zero_code
-    return codes.to(torch.uint8).flatten(), absmax
+def quantize(x: Tensor, fmt: Format, block_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Quantize a tensor of n elements: packed uint8 [ceil(n * bits / 8)], scales and, in formats
+    that have them, zero points, one a block.
+    """
+    flat = x.flatten().float()
+    blocks = torch.nn.functional.pad(flat, (0, -x.numel() % block_size)).view(-1, block_size)
+    scales, zeros = _scales(blocks, fmt)
+    scale = e8m0_table(x.device)[scales.long()] if fmt.e8m0 else scales
+    scaled = blocks / scale[:, None]
+    if zeros is not None:
+        scaled += zeros[:, None]
+    levels = torch.bucketize(scaled, threshold_table(fmt, x.device))
+    codes = order_table(fmt, x.device)[levels.masked_fill_(scaled.isnan(), 0)]
+    codes[scale == 0] = fmt.zero_code
+    return _pack(codes.flatten()[: x.numel()], fmt), scales, zeros
 
 
-def dequantize_blocks(codes: Tensor, absmax: Tensor, fmt: Format, block_size: int) -> Tensor:
-    """Decode uint8 codes [n] with fp32 absmax [ceil(n / block_size)] to fp32 [n]."""
-    scale = absmax.repeat_interleave(block_size)[: codes.numel()]
-    return code_table(fmt, codes.device)[codes.long()] * scale
+def _scales(blocks: Tensor, fmt: Format) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of each row of ``blocks``."""
+    if blocks.numel() == 0:
+        blocks = blocks.new_zeros(0, 1)
+    low, high = blocks.clamp(max=0).amin(dim=1), blocks.clamp(min=0).amax(dim=1)
+    span = high - low if fmt.zero_points else blocks.abs().amax(dim=1)
+    scales = span / torch.full_like(span, fmt.top)  # by a number, a GPU takes its reciprocal
+    if fmt.e8m0:
+        return (scales.view(torch.int32) >> 23).to(torch.uint8), None
+    if not fmt.zero_points:
+        return scales, None
+    zeros = -low / scales
+    zeros = torch.where(zeros.isfinite(), zeros.round().clamp(0, 2**fmt.bits - 1), 0)
+    return scales, zeros.to(torch.uint8)
 
 
-def quantize(x: Tensor, fmt: Format, block_size: int) -> tuple[Tensor, Tensor]:
-    """Quantize a tensor to 4 bits: packed uint8 [ceil(n/2)], fp32 absmax [ceil(n/block_size)]."""
-    codes, absmax = quantize_blocks(x.flatten().float(), fmt, block_size)
-    packed = codes[0::2] << 4 | codes[1::2]
-    return packed[: (x.numel() + 1) // 2], absmax
+def _pack(codes: Tensor, fmt: Format) -> Tensor:
+    if fmt.bits == 8:
+        return codes
+    codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=fmt.zero_code)
+    return codes[0::2] << 4 | codes[1::2]
 
 
-def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Double quantization: uint8 codes [blocks], fp32 nested absmax, fp32 offset []."""
-    fmt = absmax_format()
-    offset = absmax.double().sum().div(max(absmax.numel(), 1)).float()
-    codes, nested = quantize_blocks(absmax - offset, fmt, fmt.block_size)
-    return codes[: absmax.numel()], nested, offset
+def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantization: uint8 scales [blocks], fp32 nested scales, fp32 offset []."""
+    offset = scale_offset(scales)
+    codes, nested, _ = quantize(scales - offset, SCALE_FORMAT, NESTED_BLOCK)
+    return codes, nested, offset
 
 
-def dequantize_absmax(codes: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
-    """The absmax that ``quantize_absmax`` stored, fp32 [blocks]."""
-    fmt = absmax_format()
-    return dequantize_blocks(codes, nested, fmt, fmt.block_size) + offset
+def dequantize_scales(
+    scales: Tensor, nested: Tensor | None, offset: Tensor | None, fmt: Format
+) -> Tensor:
+    """The scales as fp32 [blocks], however they are stored."""
+    if fmt.e8m0:
+        return e8m0_table(scales.device)[scales.long()]
+    if nested is None or offset is None:
+        return scales
+    scale = nested.repeat_interleave(NESTED_BLOCK)[: scales.numel()]
+    return code_table(SCALE_FORMAT, scales.device)[scales.long()] * scale + offset
 
 
 def dequantize(
     packed: Tensor,
-    absmax: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
     nested: Tensor | None,
     offset: Tensor | None,
     fmt: Format,
     block_size: int,
-    rows: tuple[int, int],
+    shape: tuple[int, int],
+    slab: tuple[int, int, int, int],
     out: Tensor,
 ) -> Tensor:
-    """Decode rows rows[0] to rows[1] of a weight into out [rows, K], rounded once to its dtype."""
-    if nested is not None and offset is not None:
-        absmax = dequantize_absmax(absmax, nested, offset)
-    codes = torch.stack((packed >> 4, packed & 15), dim=1).flatten()
-    first, last = (row * out.shape[1] for row in rows)
-    flat = dequantize_blocks(codes, absmax, fmt, block_size)[first:last]
-    return out.copy_(flat.view(out.shape))
+    """Decode rows slab[0] to slab[1], columns slab[2] to slab[3] of a weight of ``shape`` into out,
+    rounded once to its dtype.
+    """
+    n = shape[0] * shape[1]
+    codes = packed if fmt.bits == 8 else torch.stack((packed >> 4, packed & 15), dim=1).flatten()
+    values = code_table(fmt, packed.device)[codes[:n].long()]
+    if zeros is not None:
+        values = values - zeros.repeat_interleave(block_size)[:n]
+    scale = dequantize_scales(scales, nested, offset, fmt)
+    values = values * scale.repeat_interleave(block_size)[:n]
+    return out.copy_(values.view(shape)[slab[0] : slab[1], slab[2] : slab[3]])

@@ -1,0 +1,144 @@
+"""Steps of `make gpu` that are neither tests nor `pyft bench`; each prints one JSON line last.
+
+python benchmarks/gpu_parts.py environment            versions, device, which backends run
+python benchmarks/gpu_parts.py memory                 measured peaks beside what is counted
+python benchmarks/gpu_parts.py kernels [--few]        every kernel once, for compute-sanitizer
+python benchmarks/gpu_parts.py chart BENCH.json PNG   the chart of finished results
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pyft
+from pyft.backend import PREFERENCE, availability, obstacle
+from pyft.bench.memory import peak_bytes
+from pyft.bench.report import describe, figure, strict
+from pyft.formats import FORMATS
+from pyft.optim import AdamW8bit
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LAYERS = {"cuda": (14336, 4096, 2048), "cpu": (1024, 512, 64)}  # N, K, M
+RANK = 16
+QUERY = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu"
+
+
+def environment() -> dict[str, Any]:
+    """The report's heading, the backends, and what nvidia-smi reads now."""
+    found = describe(DEVICE, "make gpu") | {"availability": availability()}
+    del found["results"]
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
+        found["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return found
+
+
+def memory() -> dict[str, Any]:
+    """Peaks, as differences, of a linear's forward and backward and of an optimizer's step.
+
+    ``counted`` is the least that must be held: of a linear what it returns and the adapter's
+    products, of a step the states. ``first`` is the first call, which also makes what later calls
+    reuse: the buffer a quantized weight is decoded into, the states.
+    """
+    n, k, m = LAYERS[DEVICE.type]
+    w = torch.randn(n, k, dtype=torch.bfloat16, device=DEVICE) * k**-0.5
+    x = torch.randn(m, k, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    dy = torch.randn(m, n, dtype=torch.bfloat16, device=DEVICE)
+    a = torch.randn(RANK, k, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    b = torch.randn(n, RANK, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    q = pyft.quantize(w)
+
+    def linear(weight: Tensor, *adapter: Tensor) -> tuple[Tensor, ...]:
+        y = pyft.lora_linear(x, weight, *(adapter or (None, None)))
+        return torch.autograd.grad(y, [x, *adapter], dy)
+
+    y_and_dx = dy.nbytes + x.nbytes
+    adapter = 2 * m * RANK * 2 + a.nbytes + b.nbytes  # S, dS, dA, dB
+    found: dict[str, Any] = {
+        "linear, plain": _peaks(lambda: linear(w), y_and_dx),
+        "linear, nf4": _peaks(lambda: linear(q), y_and_dx),
+        "lora_linear, plain": _peaks(lambda: linear(w, a, b), y_and_dx + adapter),
+        "lora_linear, nf4": _peaks(lambda: linear(q, a, b), y_and_dx + adapter),
+    }
+    states = 2 * w.numel() + 2 * 4 * -(-w.numel() // 256)
+    for name, make, counted in (
+        ("AdamW8bit step", AdamW8bit, states),
+        ("torch AdamW step", torch.optim.AdamW, 2 * w.nbytes),
+    ):
+        parameter = torch.nn.Parameter(w.clone())
+        parameter.grad = torch.randn_like(w)
+        optimizer = make([parameter], lr=1e-3)
+        found[name] = _peaks(optimizer.step, counted, kept=True)
+        del optimizer, parameter
+    return found
+
+
+def _peaks(call: Any, counted: int, kept: bool = False) -> dict[str, Any]:
+    """Peaks of a first and a later call; with ``kept`` the first makes the states counted."""
+    first, later = peak_bytes(call, DEVICE), peak_bytes(call, DEVICE)
+    measured = first if kept else later
+    return {"counted": counted, "first": first, "later": later, "ratio": measured / counted}
+
+
+def kernels(few: bool) -> dict[str, Any]:
+    """Run every kernel once or, with ``few``, those of two formats; small shapes, odd ones too."""
+    ran = 0
+    for name in PREFERENCE[DEVICE.type]:
+        if name == "reference" or obstacle("quantize", name) is not None:
+            continue
+        with pyft.backend(name):
+            for format in list(FORMATS)[: 2 if few else None]:
+                for shape in ((64, 256), (33, 100)):
+                    ran += _kernels_of(format, shape)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return {"kernels run": ran}
+
+
+def _kernels_of(format: str, shape: tuple[int, int]) -> int:
+    w = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+    q = pyft.quantize(w, format)
+    pyft.dequantize(q, out=torch.empty_like(w))
+    for m in (1, 17, 80):
+        x = torch.randn(m, shape[1], device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        a = torch.randn(3, shape[1], device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        b = torch.randn(shape[0], 3, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        pyft.lora_linear(x, q, a, b).sum().backward()
+    parameters = [torch.nn.Parameter(torch.randn(n, device=DEVICE)) for n in (5000, 4096, 7)]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    AdamW8bit(parameters).step()
+    return 1
+
+
+def chart(source: str, target: str) -> dict[str, Any]:
+    """Draw what a results file holds."""
+    from pyft.bench.plot import draw
+
+    draw(json.loads(Path(source).read_text(encoding="utf-8")), Path(target))
+    return {"bytes": Path(target).stat().st_size}
+
+
+def main() -> None:
+    """Run one part and print its result."""
+    part, *arguments = sys.argv[1:]
+    if part == "memory":
+        found = memory()
+        for name, entry in found.items():
+            mib = {key: figure(entry[key] / 2**20) for key in ("counted", "first", "later")}
+            print(f"{name:20} {mib} MiB, ratio {entry['ratio']:.3f}")
+    elif part == "kernels":
+        found = kernels("--few" in arguments)
+    else:
+        found = environment() if part == "environment" else chart(*arguments)
+    print(json.dumps(strict(found)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Our implementations as candidates: one per backend asked for."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pyft
+from pyft.backend import BACKENDS, PREFERENCE, obstacle, select
+from pyft.bench.problem import Call, Candidate, Check, Request
+from pyft.errors import UsageError
+
+
+def resolve(names: Sequence[str], op: str, device: torch.device) -> list[str]:
+    """The backends that run ``op`` on ``device``: "auto" is the one chosen there, "all" each one.
+
+    Raises:
+        UsageError: an unknown name, or a backend that cannot run here.
+    """
+    found = []
+    for name in names:
+        if name == "all":
+            usable = PREFERENCE.get(device.type, ("reference",))
+            found += [option for option in usable if obstacle(op, option) is None]
+        elif name in ("auto", *BACKENDS):
+            with pyft.backend(name):
+                found.append(select(op, device))
+        else:
+            raise UsageError(f"--backend: {name!r} is not one of auto, all, {', '.join(BACKENDS)}")
+    return list(dict.fromkeys(found))
+
+
+def on_backends(
+    request: Request, op: str, make: Callable[[], Call], check: Check
+) -> list[Candidate]:
+    """A candidate per backend; all of a call, its making included, runs on the backend."""
+
+    def on(name: str) -> Candidate:
+        def make_there() -> Call:
+            with pyft.backend(name):
+                call = make()
+            outputs = None if call.outputs is None else _inside(name, call.outputs)
+            return Call(_inside(name, call.run), outputs, call.buffers)
+
+        return Candidate(name, make_there, check, "pyft")
+
+    return [on(name) for name in resolve(request.backends, op, request.device)]
+
+
+def _inside(name: str, function: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        block: AbstractContextManager[None] = pyft.backend(name)
+        with block:
+            return function()
+
+    return run
+
+
+def gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor
+) -> dict[str, Callable[[], Call]]:
+    """Forward, backward and both as calls; the backward alone runs over a graph it keeps."""
+
+    def forward() -> Call:
+        return Call(lambda: function(*inputs), lambda: [function(*inputs).detach()])
+
+    def backward() -> Call:
+        y = function(*inputs)
+        return Call(lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True))
+
+    def both() -> Call:
+        def outputs() -> list[Tensor]:
+            y = function(*inputs)
+            return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+        return Call(lambda: torch.autograd.grad(function(*inputs), inputs, dy), outputs)
+
+    return {"forward": forward, "backward": backward, "forward+backward": both}
