@@ -139,7 +139,8 @@ def extensions() -> list[Extension]:
     headers = sorted(str(path) for path in Path("csrc").rglob("*.h"))
     cpu = Extension("pyft._cpu", cpu_sources, language="c++", depends=headers)
     cpu.define_macros = [("PYFT_X86", "1")] if X86 else []
-    cpu.extra_link_args = [*LINK_FLAGS, "-pthread", "-ldl", *os.environ.get("PYFT_CXXFLAGS", "").split()]
+    extra = os.environ.get("PYFT_CXXFLAGS", "").split()
+    cpu.extra_link_args = [*LINK_FLAGS, "-pthread", "-ldl", *extra]
     found = [cpu]
     if nvcc := find_nvcc():
         root = cuda_root(nvcc)

@@ -1,16 +1,11 @@
 // pyft._cpu: the C ABI's CPU half for Python. Pointers are integers; a status that is not OK becomes an exception.
 #include <pybind11/pybind11.h>
 
-#include "pyft.h"
+#include "bind.h"
 
 namespace py = pybind11;
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void check(pyft_status status) {
   if (status == PYFT_BAD_ISA) throw py::value_error("this instruction set is not available on this CPU");
@@ -24,21 +19,6 @@ void quantize(uintptr_t x, int dtype, int64_t n, int64_t block_size, int bits, i
   check(pyft_cpu_quantize(pointer<void>(x), static_cast<pyft_dtype>(dtype), n, block_size, &coding,
                           pointer<uint8_t>(packed), pointer<void>(scales), pointer<uint8_t>(zeros),
                           static_cast<pyft_isa>(isa), threads));
-}
-
-pyft_weight weight_of(int bits, uintptr_t packed, uintptr_t scales, uintptr_t zeros, uintptr_t nested, uintptr_t offset,
-                      uintptr_t codes, uintptr_t scale_codes, int64_t rows, int64_t cols, int64_t block_size) {
-  return {bits,
-          pointer<uint8_t>(packed),
-          pointer<void>(scales),
-          pointer<uint8_t>(zeros),
-          pointer<float>(nested),
-          pointer<float>(offset),
-          pointer<float>(codes),
-          pointer<float>(scale_codes),
-          rows,
-          cols,
-          block_size};
 }
 
 void dequantize(int bits, uintptr_t packed, uintptr_t scales, uintptr_t zeros, uintptr_t nested, uintptr_t offset,

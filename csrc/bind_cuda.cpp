@@ -5,16 +5,11 @@
 #include <stdexcept>
 #include <string>
 
-#include "pyft.h"
+#include "bind.h"
 
 namespace py = pybind11;
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void check(pyft_status status) {
   if (status == PYFT_CUDA_ERROR) throw std::runtime_error(std::string("CUDA: ") + pyft_cuda_error_string());
@@ -28,21 +23,6 @@ void quantize(uintptr_t x, int dtype, int64_t n, int64_t block_size, int bits, i
   check(pyft_cuda_quantize(pointer<void>(x), static_cast<pyft_dtype>(dtype), n, block_size, &coding,
                            pointer<uint8_t>(packed), pointer<void>(scales), pointer<uint8_t>(zeros),
                            pointer<void>(stream)));
-}
-
-pyft_weight weight_of(int bits, uintptr_t packed, uintptr_t scales, uintptr_t zeros, uintptr_t nested, uintptr_t offset,
-                      uintptr_t codes, uintptr_t scale_codes, int64_t rows, int64_t cols, int64_t block_size) {
-  return {bits,
-          pointer<uint8_t>(packed),
-          pointer<void>(scales),
-          pointer<uint8_t>(zeros),
-          pointer<float>(nested),
-          pointer<float>(offset),
-          pointer<float>(codes),
-          pointer<float>(scale_codes),
-          rows,
-          cols,
-          block_size};
 }
 
 void dequantize(int bits, uintptr_t packed, uintptr_t scales, uintptr_t zeros, uintptr_t nested, uintptr_t offset,

@@ -10,13 +10,13 @@ import ctypes
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from optim_cases import CASES, CPU, RULES, check
 from torch import Tensor
+from triton_process import answers_of
 
 CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -145,16 +145,7 @@ def run_cases() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def wrong() -> dict[str, str]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "1"
-    environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
+    return answers_of(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,13 +6,12 @@ Triton reads TRITON_INTERPRET when it is imported, so the kernels run in a proce
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from qlinear_cases import LINEAR_CASES, check_linear
 from quantize_cases import CASES, check, check_large_offsets
+from triton_process import answers_of
 
 pytestmark = pytest.mark.slow
 
@@ -37,16 +36,7 @@ def run_cases() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def wrong() -> dict[str, str]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "1"
-    environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
+    return answers_of(__file__)
 
 
 @pytest.mark.parametrize("name", [*CASES, *LINEAR_CASES, LARGE])

@@ -1,20 +1,8 @@
 // The small matrix product with AVX2 and FMA: up to 2 x 4 sums of 8 lanes.
-#include <immintrin.h>
-
 #include "qlinear.h"
+#include "vectors_avx2.h"
 
 namespace {
-
-template <pyft_dtype D>
-__m256 load8(const typename Dtype<D>::type* x) {
-  if constexpr (D == PYFT_F32) {
-    return _mm256_loadu_ps(x);
-  } else {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-    if constexpr (D == PYFT_F16) return _mm256_cvtph_ps(half);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-  }
-}
 
 float sum_of(__m256 v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

@@ -1,20 +1,8 @@
 // The small matrix product with AVX-512: up to 4 x 4 sums of 16 lanes.
-#include <immintrin.h>
-
 #include "qlinear.h"
+#include "vectors_avx512.h"
 
 namespace {
-
-template <pyft_dtype D>
-__m512 load16(const typename Dtype<D>::type* x) {
-  if constexpr (D == PYFT_F32) {
-    return _mm512_loadu_ps(x);
-  } else {
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    if constexpr (D == PYFT_F16) return _mm512_cvtph_ps(half);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-  }
-}
 
 template <pyft_dtype D, int kRows>
 void multiply_rows(const float* x, int64_t x_stride, const typename Dtype<D>::type* w, int64_t w_stride, int64_t depth,

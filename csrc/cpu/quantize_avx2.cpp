@@ -1,40 +1,8 @@
 // Block-wise quantization with AVX2 and F16C: 8 or 32 elements a step.
-#include <immintrin.h>
-
 #include "quantize.h"
+#include "vectors_avx2.h"
 
 namespace {
-
-template <pyft_dtype D>
-__m256 load8(const typename Dtype<D>::type* x) {
-  if constexpr (D == PYFT_F32) {
-    return _mm256_loadu_ps(x);
-  } else {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-    if constexpr (D == PYFT_F16) return _mm256_cvtph_ps(half);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-  }
-}
-
-template <pyft_dtype D>
-void store8(typename Dtype<D>::type* out, __m256 x) {
-  if constexpr (D == PYFT_F32) {
-    _mm256_storeu_ps(out, x);
-  } else if constexpr (D == PYFT_F16) {
-    const __m128i half = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), half);
-  } else {
-    const __m256i u = _mm256_castps_si256(x);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
-    const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-    const __m256 high = _mm256_castsi256_ps(_mm256_srli_epi32(rounded, 16));
-    const __m256i half =
-        _mm256_castps_si256(_mm256_blendv_ps(high, _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC0)), nan));
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(half, half), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(packed));
-  }
-}
 
 template <pyft_dtype D>
 Range range(const void* x, int64_t count) {
