@@ -169,9 +169,11 @@ class QuantizedTensor(Tensor):
                 function is aten._to_copy.default
                 and (kwargs.get("dtype") or weight.dtype) in _LABELS
             ):
-                device = kwargs.get("device")
+                device, dtype = kwargs.get("device"), kwargs.get("dtype") or weight.dtype
+                if device is None and dtype != weight.dtype:
+                    return weight._replace(lambda part: part, dtype)  # only the label changes
                 move = torch.clone if device is None else (lambda part: part.to(device, copy=True))
-                return weight._replace(move, kwargs.get("dtype") or weight.dtype)
+                return weight._replace(move, dtype)
         if function._schema.is_mutable and any(
             isinstance(leaf, cls) for leaf in _outputs(function, args, kwargs)
         ):

@@ -144,11 +144,20 @@ def decoded(
 ) -> AbstractContextManager[Tensor]:
     """A context in which a slab of the weight stored in ``parts``
     is at hand as a plain tensor; ``decode`` fills one where the buffer holds something else.
+
+    While a CUDA graph is captured nothing is reused and nothing remembered: what is captured may be
+    replayed in any order.
     """
     device = parts[0].device
+    if _capturing(device):
+        return _Buffer().borrow(parts, coding, dtype, decode)
     if device.type == "cpu":
         buffer = _of_thread.buffers.setdefault((device, 0), _Buffer())
     else:
         stream = torch.accelerator.current_stream(device)
         buffer = _of_streams.setdefault((device, stream.stream_id), _Buffer())
     return buffer.borrow(parts, coding, dtype, decode)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -320,3 +320,16 @@ def test_after_bitsandbytes_repacks_its_weight() -> None:
         again = model(x)
     error = (again - expected).abs().max() / expected.abs().max()
     assert error < 0.02  # bitsandbytes itself computes in bf16 from here on
+
+
+def test_a_layer_is_read_once_until_its_weight_changes() -> None:
+    """The same QuantizedTensor each time, so that the scratch knows what it holds."""
+    layer = linear4bit(torch.float32, "nf4", True)
+    first = as_quantized(layer)
+    assert as_quantized(layer) is first
+    layer.weight.data = layer.weight.data.flip(0)
+    again = as_quantized(layer)
+    assert again is not first
+    assert torch.equal(again.packed, first.packed.flip(0))
+    other = linear8bit()
+    assert as_quantized(other) is as_quantized(other)

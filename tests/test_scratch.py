@@ -290,3 +290,20 @@ def test_what_is_borrowed_is_filled_by_decode() -> None:
     coding = ("nf4", 64, (0, 2, 0, 2))
     with decoded(parts, coding, torch.float32, lambda out: out.copy_(parts[0].view(2, 2))) as w:
         assert w.tolist() == [[0.0, 1.0], [2.0, 3.0]]
+
+
+def test_nothing_is_remembered_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each use decodes anew, into memory of its own: graphs are replayed in any order."""
+    monkeypatch.setattr("pyft.scratch._capturing", lambda device: True)
+    parts, decodes = [torch.arange(4.0)], []
+
+    def decode(out: torch.Tensor) -> None:
+        decodes.append(out.data_ptr())
+        out.copy_(parts[0].view(2, 2))
+
+    coding = ("nf4", 64, (0, 2, 0, 2))
+    both = [decoded(parts, coding, torch.float32, decode) for _ in range(2)]
+    with both[0] as first, both[1] as second:
+        assert first.data_ptr() != second.data_ptr()
+        assert torch.equal(first, second)
+    assert len(decodes) == 2

@@ -1,6 +1,6 @@
 // The linear over a quantized weight for few rows of x: four rows of the weight at a time are decoded into a panel that
 // stays in the first-level cache and multiplied with all of x. Each weight is decoded once, whatever m; the decoded
-// weight never reaches memory.
+// weight never reaches memory. AMX is not used: no CPU with it was at hand to measure on.
 //
 //            depth                      x, padded to whole panels, fp32 (bf16 where the CPU multiplies bf16)
 //        |<-------->|

@@ -91,7 +91,7 @@ class Config(BaseModel):
     output: PathField = Field(description="directory to write the adapter and the report to")
 
     method: Literal["qlora", "lora", "full"] = Field(
-        "qlora", description="what is trained: LoRA on a 4-bit base, LoRA, or every weight"
+        "qlora", description="what is trained: LoRA on a quantized base, LoRA, or every weight"
     )
     quant: Annotated[str, BeforeValidator(_quant)] = Field(
         "nf4", description="format of the frozen weights under qlora: nf4, int4, fp8_e4m3, ..."
@@ -148,7 +148,7 @@ class Config(BaseModel):
     optimizer: Literal["adamw", "adamw8bit", "lion8bit", "sgd8bit"] = Field(
         "adamw", description="AdamW, or with 8-bit states AdamW, Lion or SGD with momentum"
     )
-    learning_rate: Real = Field(2e-4, gt=0, le=1, description="peak learning rate of AdamW")
+    learning_rate: Real = Field(2e-4, gt=0, le=1, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="learning rate after the warmup"
     )

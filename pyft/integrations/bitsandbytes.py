@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyft.errors import UsageError
 from pyft.formats import BLOCK_SIZES, NESTED_BLOCK, SCALE_FORMAT, code_table
@@ -166,16 +167,27 @@ def holds(module: Any) -> bool:
 
 def as_quantized(module: Any) -> QuantizedTensor:
     """The weight of a bitsandbytes linear without ``obstacle``, as a QuantizedTensor over the same
-    memory.
+    memory; the same one as long as that is the same, so that it is known to be decoded already.
     """
     weight = module.weight
-    if not hasattr(weight, "quant_state"):
-        packed = weight.data.view(torch.uint8).view(-1)
-        parts = [packed, _row_scales(module)]
-        return QuantizedTensor(parts, "int8", weight.shape[1], weight.shape, torch.float16)
-    state = weight.quant_state
+    state = getattr(weight, "quant_state", None)
+    scales: Any = _row_scales(module) if state is None else state.absmax
+    memory = (weight.data_ptr(), weight._version, scales.data_ptr(), scales._version)
+    known = _of_weight.get(weight)
+    if known is None or known[0] != memory:
+        known = _of_weight[weight] = (memory, _quantized(weight, state, scales))
+    found: QuantizedTensor = known[1]
+    return found
+
+
+_of_weight = WeakTensorKeyDictionary()  # weight -> where it and its scales were, QuantizedTensor
+
+
+def _quantized(weight: Any, state: Any, scales: Tensor) -> QuantizedTensor:
     packed = weight.data.view(torch.uint8).view(-1)  # stored as another dtype for FSDP
-    parts = [packed, state.absmax]
+    parts = [packed, scales]
+    if state is None:
+        return QuantizedTensor(parts, "int8", weight.shape[1], weight.shape, torch.float16)
     if state.nested:
         offset = torch.as_tensor(state.offset, device=weight.device).float()
         parts += [state.state2.absmax, offset]

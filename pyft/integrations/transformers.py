@@ -162,7 +162,10 @@ def _stored_config(path: Path, source: dict[str, Any], asked: PyftConfig | None)
             "16-bit model, or quant=None to load it as transformers does"
         )
     found = config_of_source(source, where)
-    if asked is not None and asked.format not in ("nf4", found.format):
+    fitting = {"nf4", found.format}  # nf4 is what is asked for where nothing is
+    if method in ("gptq", "awq"):
+        fitting |= {"int4", "int4_zp"}  # which of the two, its zero points tell
+    if asked is not None and asked.format not in fitting:
         raise UsageError(
             f"prepare: {path} is quantized already, in {found.format}; leave quant out to read it, "
             f"or give the 16-bit model to quantize it in {asked.format}"

@@ -132,8 +132,8 @@ def dequantize(
     Args:
         q: the quantized weight.
         dtype: fp32, bf16 or fp16; q's own when neither it nor ``out`` is given.
-        out: where to write, of q's shape; its rows may be further apart than their length (a slice
-            of a wider scratch), its elements within a row are adjacent.
+        out: where to write, of q's shape; the rows of a matrix may be further apart than their
+            length (a slice of a wider scratch), other shapes are contiguous.
 
     Returns:
         ``out``, or a new tensor of q's shape.
@@ -159,7 +159,7 @@ def dequantize(
     into = _as_rows(out)
     if into is None:
         raise UsageError(
-            f"dequantize: out has strides {out.stride()}; elements of a row must be adjacent"
+            f"dequantize: out has strides {out.stride()}; only the rows of a matrix may be apart"
         )
     dequantize_slab(q.parts(), q.format, q.block_size, shape, (0, shape[0], 0, shape[1]), into)
     if not out.is_inference():
