@@ -534,6 +534,69 @@ def test_a_step_is_one_launch_and_its_table_is_kept(monkeypatch: pytest.MonkeyPa
     assert tables[3] is not tables[2]
 
 
+def test_only_steps_that_were_made_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two launches fails: what the first one stepped is counted, the rest not."""
+    launch, calls = native.optim, []
+
+    def failing(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("out of something")
+        launch(*arguments)
+
+    first = [parameters()[0], Parameter(torch.randn(6, 4).t())]
+    second = [Parameter(p.detach().clone()) for p in first]
+    optimizer = AdamW8bit([{"params": first}, {"params": second}])
+    run(optimizer, first + second, 1)
+    before = copy.deepcopy([p.data for p in first + second])
+    monkeypatch.setattr(native, "optim", failing)
+    with pytest.raises(RuntimeError, match="out of something"):
+        optimizer.step()
+    assert [optimizer.state[p]["step"] for p in first + second] == [2, 2, 1, 1]
+    moved = [not torch.equal(p, x) for p, x in zip(first + second, before, strict=True)]
+    assert moved == [True, True, False, False]
+    optimizer.step()
+    assert [optimizer.state[p]["step"] for p in first + second] == [3, 3, 2, 2]
+
+
+def test_a_step_that_cannot_be_made_changes_nothing() -> None:
+    """A backend that does not run here, and a rule without a value, in the second group."""
+    params = parameters()
+    optimizer = AdamW8bit([{"params": [p]} for p in params])
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pyft.backend("triton"), pytest.raises(UsageError, match="cannot run optim"):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.step()
+    before = copy.deepcopy([[p.data for p in params], optimizer.state_dict()["state"]])
+    optimizer.param_groups[1]["betas"] = (1.0, 1.0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    assert same([[p.data for p in params], optimizer.state_dict()["state"]], before)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_default_device_changes_nothing(backend: str) -> None:
+    """Tables made while another device is the default are the same, and are kept for later."""
+    found = []
+    for place in ("cpu", "meta"):
+        for table in (code_tables, start_table):
+            table.cache_clear()
+        reference._map.cache_clear()
+        params = parameters()
+        optimizer = AdamW8bit(params)
+        for p in params:
+            p.grad = p.detach().cos()
+        with pyft.backend(backend), torch.device(place):
+            optimizer.step()
+            twin = copy.deepcopy(optimizer)
+            twin.load_state_dict(optimizer.state_dict())
+            tables = [code_tables(CPU), start_table(CPU)]
+        found.append([[p.data for p in params], twin.state_dict()["state"], tables])
+    assert same(*found)
+
+
 def test_a_backward_through_values_before_the_step_is_refused() -> None:
     param = Parameter(torch.ones(N))
     loss = param.square().sum()
@@ -655,8 +718,121 @@ def test_refuses_the_state_of_another_optimizer() -> None:
     run(ours, params, 1)
     with pytest.raises(UsageError, match=rf"exp_avg torch.uint8 \[{N}\]"):
         other.load_state_dict(ours.state_dict())
-    with pytest.raises(ValueError, match="parameter group"):
+    with pytest.raises(UsageError, match="params is a list of 2; this parameter group has 1"):
         AdamW8bit(params[:1]).load_state_dict(ours.state_dict())
+    with pytest.raises(UsageError, match="has 1 parameter groups, the optimizer 2"):
+        AdamW8bit([{"params": p} for p in params]).load_state_dict(ours.state_dict())
+
+
+def refused(make: Any, change: Callable[[dict[str, Any]], Any], text: str) -> None:
+    """That a changed state dict is refused with one line, and nothing of it is loaded."""
+    params = parameters()
+    optimizer = make(params)
+    run(optimizer, params, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    loaded = copy.deepcopy(saved)
+    result = change(loaded)
+    with pytest.raises(UsageError, match=text) as caught:
+        optimizer.load_state_dict(loaded if result is None else result)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+    assert same(optimizer.state_dict(), saved)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "text"),
+    [
+        (
+            AdamW8bit,
+            {"eps": 0.0},
+            r"param_groups\[0\]: AdamW8bit: eps is 0.0; write a number",
+        ),
+        (AdamW8bit, {"lr": torch.tensor(0.1)}, "lr is a tensor; write a number"),
+        (AdamW8bit, {"lr": True}, "lr is True"),
+        (AdamW8bit, {"lr": 10**400}, "lr is of 1329 bits"),
+        (AdamW8bit, {"lr": 10**5000}, "lr is of 16610 bits"),
+        (AdamW8bit, {"betas": (1, 1)}, r"betas\[0\] is 1; write a number"),
+        (AdamW8bit, {"betas": [torch.ones(9, 9)] * 3}, "betas is a list of 3; write two numbers"),
+        (AdamW8bit, {"betas": None}, "betas is None"),
+        (AdamW8bit, {"maximize": torch.ones(3)}, "maximize is a tensor; write True or False"),
+        (Lion8bit, {"weight_decay": float("nan")}, "weight_decay is nan"),
+        (Lion8bit, {"betas": (0.9, float("inf"))}, r"betas\[1\] is inf"),
+        (SGD8bit, {"momentum": 0.0}, "momentum is 0.0"),
+        (SGD8bit, {"nesterov": True, "dampening": 0.5}, "nesterov needs dampening=0"),
+        (SGD8bit, {"nesterov": "yes"}, "nesterov is 'yes'; write True or False"),
+        (SGD8bit, {"params": [0]}, "params is a list of 1; this parameter group has 2"),
+        (SGD8bit, {"params": None}, "params is None"),
+        (SGD8bit, {"params": [0, 0]}, "params has 0; write each parameter's number once"),
+        (SGD8bit, {"params": [[], 0]}, "params has a list of 0"),
+        (SGD8bit, {"param_names": ["a"]}, "param_names is a list of 1"),
+    ],
+)
+def test_refuses_loaded_hyperparameters(make: Any, options: dict[str, Any], text: str) -> None:
+    refused(make, lambda loaded: loaded["param_groups"][0].update(options), text)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda loaded: [loaded], "no dict 'state'"),
+        (lambda loaded: loaded.pop("state") and None, "no dict 'state'"),
+        (lambda loaded: loaded.update(state=[]), "no dict 'state'"),
+        (lambda loaded: loaded.pop("param_groups") and None, "no list 'param_groups'"),
+        (lambda loaded: loaded.update(param_groups={}), "no list 'param_groups'"),
+        (lambda loaded: loaded.update(param_groups=[[]]), "no list 'param_groups'"),
+        (lambda loaded: loaded["param_groups"].append({"params": []}), "has 2 parameter groups"),
+        (lambda loaded: loaded["param_groups"][0].pop("params") and None, "params is None"),
+    ],
+)
+def test_refuses_what_is_no_state_dict(change: Any, text: str) -> None:
+    refused(AdamW8bit, change, text)
+
+
+@pytest.mark.parametrize(
+    ("step", "text"),
+    [
+        (-1, "has step -1; it must be an integer from 0"),
+        (2**53, "has step 9007199254740992"),
+        (10**400, "has step of 1329 bits"),
+        (True, "has step True"),
+        (3.0, "has step 3.0"),
+        (torch.tensor(3), "has step a tensor"),
+    ],
+    ids=["negative", "2**53", "10**400", "True", "3.0", "tensor"],
+)
+def test_refuses_a_loaded_count(step: Any, text: str) -> None:
+    refused(Lion8bit, lambda loaded: loaded["state"][1].update(step=step), text)
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        ([1, 2], r"state\[1\] is a list of 2; it must be a dict"),
+        (None, "is None; it must be a dict"),
+        ({}, r"has nothing; it must have step, exp_avg torch.float32 \[100\]"),
+        ({"exp_avg": torch.zeros(100)}, "it must have step"),
+        ({"step": 1, "exp_avg": torch.zeros(10, 10)}, r"exp_avg torch.float32 \[10, 10\]; it must"),
+        ({"step": 1, "exp_avg": torch.zeros(100).to_sparse()}, "exp_avg torch.sparse_coo"),
+        ({"step": 1, "exp_avg": torch.zeros(100), "more": range(3)}, "more of type range"),
+    ],
+    ids=["list", "None", "empty", "no step", "shape", "sparse", "more"],
+)
+def test_refuses_a_loaded_state(state: Any, text: str) -> None:
+    refused(Lion8bit, lambda loaded: loaded["state"].update({1: state}), text)
+
+
+def test_a_hyperparameter_that_is_not_saved_is_kept() -> None:
+    params = parameters()
+    optimizer = AdamW8bit(params, betas=(0.5, 0.75), maximize=True)
+    run(optimizer, params, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for name in ("betas", "maximize", "paged"):
+        del saved["param_groups"][0][name]
+    saved["param_groups"][0]["lr"] = 0.25
+    optimizer.load_state_dict(saved)
+    group = optimizer.param_groups[0]
+    assert (group["betas"], group["maximize"], group["lr"]) == ((0.5, 0.75), True, 0.25)
+    run(optimizer, params, 1)
 
 
 def test_refuses_states_left_behind_by_the_parameter() -> None:
@@ -667,6 +843,24 @@ def test_refuses_states_left_behind_by_the_parameter() -> None:
     state["exp_avg"] = state["exp_avg"].to("meta")
     with pytest.raises(UsageError, match="is on cpu and its states on meta"):
         run(optimizer, [param], 1)
+
+
+@pytest.mark.parametrize(("n", "moved"), [(100, ()), (N, ("exp_avg_sq",))])
+def test_refuses_states_on_the_host_that_are_not_coded_or_not_all_there(
+    n: int, moved: tuple[str, ...]
+) -> None:
+    """The parameter moved after a step: only coded states may stay behind, and be paged."""
+    param = Parameter(torch.ones(n))
+    optimizer = AdamW8bit([param], paged=True)
+    run(optimizer, [param], 1)
+    state = optimizer.state.pop(param)
+    elsewhere = Parameter(torch.empty(n, device="meta"))
+    optimizer.param_groups[0]["params"][0] = elsewhere
+    elsewhere.grad = torch.empty(n, device="meta")
+    optimizer.state[elsewhere] = state | {name: state[name].to("meta") for name in moved}
+    with pytest.raises(UsageError, match="is on meta and its states on cpu"):
+        optimizer.step()
+    assert optimizer.state[elsewhere]["step"] == 1
 
 
 # ---- the op --------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ class LazyQueues:
         self.forget = forget
         self.actions: list[tuple[str, list[int], Callable[[], None]]] = []
         self.announced: dict[Event, int] = {}
+        self.shared: list[tuple[int, int]] = []  # actions not yet run, tensors
 
     def run(
         self, queue: str, after: Sequence[Event], action: Callable[[], None], done: Event
@@ -63,6 +64,9 @@ class LazyQueues:
         self.announced[done] = len(self.actions)
         self.actions.append((queue, waits, action))
 
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        self.shared.append((len(self.actions), len(tensors)))
+
     def drain(self) -> None:
         left = dict(enumerate(self.actions))
         while left:
@@ -74,14 +78,14 @@ class LazyQueues:
         self.actions, self.announced = [], {}
 
 
-def works(coded_second: bool = True) -> list[Work]:
+def works(coded_second: bool = True, sizes: Sequence[int] = SIZES) -> list[Work]:
     generator = torch.Generator().manual_seed(0)
 
     def codes(n: int) -> Tensor:
         return torch.randint(0, 256, (n,), dtype=torch.uint8, generator=generator)
 
     made = []
-    for n in SIZES:
+    for n in sizes:
         absmax = [torch.rand(-(-n // BLOCK), generator=generator) for _ in range(2)]
         param, grad = (torch.randn(n, generator=generator) for _ in range(2))
         second = (codes(n), absmax[1]) if coded_second else (None, None)
@@ -129,6 +133,54 @@ def test_one_moment_is_paged_alone() -> None:
     queues.drain()
     update(plain, rule, Tables())
     assert equal(paged, plain)
+
+
+def room(pager: Pager) -> int:
+    return sum(t.nbytes for slot in pager.slots for pair in slot for t in pair)
+
+
+@pytest.mark.parametrize(("second", "states"), [(True, 2), (False, 1)])
+@pytest.mark.parametrize(("blocks", "most"), [(3, 3), (7, 7), (9, 9), (14, 14), (15, 14), (50, 14)])
+def test_slots_are_as_large_as_what_there_is_to_page(
+    second: bool, states: int, blocks: int, most: int
+) -> None:
+    pager = Pager(torch.device("cpu"), LIMIT, LazyQueues(0))
+    assert room(pager) == 0
+    rule = RULE if second else lion_rule(1e-2, (0.9, 0.99), 0.0, False)
+    pager.update(works(second, [blocks * BLOCK - 3]), rule)
+    assert room(pager) == 260 * most * states
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_slots_grow_when_nothing_uses_them_and_are_kept(seed: int) -> None:
+    """A launch larger than those before it, then smaller ones again."""
+    launches = [[2 * BLOCK], [5 * BLOCK, 300], [9 * BLOCK + 1], [40 * BLOCK], [BLOCK], [30 * BLOCK]]
+    queues = LazyQueues(seed)
+    pager = Pager(torch.device("cpu"), LIMIT, queues)
+    paged = [works(sizes=sizes) for sizes in launches]
+    for launch in paged:
+        pager.update(launch, RULE)
+    # slot 0 at 2 blocks, grown to 7 after a drain; slot 1 at 3 beside actions, grown to 7
+    assert [tensors for _, tensors in queues.shared] == [4, 4, 4, 4]
+    assert [pending > 0 for pending, _ in queues.shared] == [False, False, True, False]
+    assert room(pager) == 260 * 2 * LIMIT * 2
+    queues.drain()
+    for launch, sizes in zip(paged, launches, strict=True):
+        plain = works(sizes=sizes)
+        update(plain, RULE, Tables())
+        assert equal(launch, plain)
+
+
+@pytest.mark.parametrize("moment", ["first", "second"])
+def test_states_that_are_not_coded_are_not_paged(moment: str) -> None:
+    queues = LazyQueues(0)
+    pager = Pager(torch.device("cpu"), LIMIT, queues)
+    good, bad = works()[:2]
+    n = bad.param.numel()
+    plain = bad._replace(**{moment: torch.zeros(n), f"{moment}_absmax": None})
+    with pytest.raises(ValueError, match="not 8-bit cannot be paged"):
+        pager.update([good, plain], RULE)
+    assert not queues.actions
 
 
 @pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())

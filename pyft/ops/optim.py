@@ -121,9 +121,9 @@ class Tables:
         kept = self._kept.get((key, align))
         if kept is not None and kept[0] == content:
             return kept[1:]
-        n = torch.tensor(sizes, dtype=torch.int64)
+        n = torch.tensor(sizes, dtype=torch.int64, device="cpu")
         blocks = (n + BLOCK * align - 1) // (BLOCK * align) * align
-        rows = torch.tensor(addresses, dtype=torch.int64).view(len(works), 6)
+        rows = torch.tensor(addresses, dtype=torch.int64, device="cpu").view(len(works), 6)
         rows = torch.cat([rows, n[:, None], (blocks.cumsum(0) - blocks)[:, None]], dim=1)
         if device.type == "cuda":
             rows = rows.pin_memory()
@@ -131,6 +131,15 @@ class Tables:
         made = (table, int(blocks.sum()), all(address % 16 == 0 for address in addresses))
         self._kept[key, align] = (content, *made)
         return made
+
+
+def backend_of(param: Tensor) -> str | None:
+    """The backend that ``update`` takes for parameters like ``param``; None for a fake tensor.
+
+    Raises:
+        UsageError: the backend asked for by name cannot run there.
+    """
+    return None if isinstance(param, FakeTensor) else select("optim", param.device)
 
 
 @torch.no_grad()
@@ -145,9 +154,9 @@ def update(works: Sequence[Work], rule: Rule, tables: Tables, key: object = None
         key: which of the optimizer's launches this is.
     """
     param = works[0].param
-    if isinstance(param, FakeTensor):
+    name = backend_of(param)
+    if name is None:
         return
-    name = select("optim", param.device)
     kernels = implementation("optim", name)
     if name == "reference":
         for work in works:
@@ -168,9 +177,9 @@ def code_tables(device: torch.device) -> Tensor:
     """
     rows = []
     for signed in (True, False):
-        codes = torch.tensor(dynamic_map(signed), dtype=torch.float32)
+        codes = torch.tensor(dynamic_map(signed), dtype=torch.float32, device="cpu")
         middle = (codes[:-1] + codes[1:]) / 2
-        rows += [codes, torch.cat([middle, torch.tensor([torch.inf])])]
+        rows += [codes, torch.nn.functional.pad(middle, (0, 1), value=torch.inf)]
     return torch.stack(rows).to(device)
 
 
@@ -180,7 +189,7 @@ def start_table(device: torch.device) -> Tensor:
     and for x < 0 and in the unsigned one; the code of x is that, or one more where x is above that
     code's midpoint.
     """
-    bits = torch.arange(BUCKETS, dtype=torch.int32) + (104 << MANTISSA_BITS)
+    bits = torch.arange(BUCKETS, dtype=torch.int32, device="cpu") + (104 << MANTISSA_BITS)
     low = (bits << (23 - MANTISSA_BITS)).view(torch.float32)
     high = (bits + 1 << (23 - MANTISSA_BITS)).view(torch.float32)
     low[0] = 0.0  # and all that is smaller

@@ -1,9 +1,12 @@
 """AdamW, Lion and SGD with momentum whose states take 8 bits an element.
 
 States of parameters of 4096 elements and more are coded in blocks of 256 (uint8 codes and an fp32
-absmax: 2.03 bytes an element for AdamW instead of 8); smaller ones stay fp32. Arithmetic is fp32;
-a step is one launch for each device, dtype and parameter group. The equations, the coding and the
-sources are in ``pyft.reference.optim``.
+absmax: 2.03 bytes an element for AdamW instead of 8); smaller ones stay fp32. Arithmetic is fp32.
+The equations, the coding and the sources are in ``pyft.reference.optim``.
+
+A step on a GPU is one launch for all parameters of one group, device, dtype and step count (how
+often a parameter has been stepped). With ``paged=True`` those with coded states are launched apart
+from the others, once for each page.
 
 - A state that is exactly 0 stays so: a parameter that never had a gradient moves by weight decay
   only.

@@ -1,7 +1,9 @@
 """Optimizer states that live in pinned host memory and pass through the GPU a page at a time.
 
-A page is a run of blocks of 256 elements; the GPU holds two, in slots used in turn, so its memory
-for states is bounded whatever the model's size. Three queues work at once:
+A page is a run of blocks of 256 elements; the GPU holds two, in slots used in turn. A slot has
+room for the largest page it has held, 260 bytes a block and state: for n blocks in the largest
+launch the slots take 260 min(n, 2 PAGE_BLOCKS) bytes for Lion and SGD and twice that for AdamW, at
+most 32.5 and 65 MiB whatever the model's size. Three queues work at once:
 
     fetch     page 0 | page 1 | page 2 | ...              host -> slot
     update             page 0 | page 1 | page 2 | ...     the current stream
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from pyft.ops.optim import BLOCK, Rule, Tables, Work, update
 
-PAGE_BLOCKS = 1 << 16  # 16.8 million elements: two pages of AdamW states are 65 MiB
+PAGE_BLOCKS = 1 << 16  # 16.8 million elements
 SLOTS = 2
 
 Event = tuple[str, int]  # what has been done, in which slot
@@ -63,6 +65,9 @@ class Queues(Protocol):
         ended, and announces ``done`` at its own end.
         """
 
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Let actions of every queue use memory that was allocated just now."""
+
     def drain(self) -> None:
         """Wait until everything added is done."""
 
@@ -74,8 +79,6 @@ class CudaQueues:
         self.device = device
         self.streams = {name: torch.cuda.Stream(device) for name in ("fetch", "evict")}
         self.events: dict[Event, torch.cuda.Event] = {}
-        for stream in self.streams.values():
-            stream.wait_stream(torch.cuda.current_stream(device))
 
     def run(
         self, queue: str, after: Sequence[Event], action: Callable[[], None], done: Event
@@ -89,38 +92,49 @@ class CudaQueues:
             action()
             self.events.setdefault(done, torch.cuda.Event()).record(stream)
 
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """See ``Queues.share``: what the current stream last did there comes first."""
+        for stream in self.streams.values():
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            for tensor in tensors:
+                tensor.record_stream(stream)
+
     def drain(self) -> None:
         """See ``Queues.drain``: the host may read the states."""
         self.streams["evict"].synchronize()
 
 
 class Pager:
-    """Streams 8-bit states of one device's parameters around their update."""
+    """Streams 8-bit states of one device's parameters around their update.
+
+    Args:
+        device: where the parameters are and the slots go.
+        limit: the blocks of a page; PAGE_BLOCKS if None.
+        queues: what runs the copies and updates; streams of ``device`` if None.
+    """
 
     def __init__(
-        self, device: torch.device, limit: int = PAGE_BLOCKS, queues: Queues | None = None
+        self, device: torch.device, limit: int | None = None, queues: Queues | None = None
     ) -> None:
-        self.limit = limit
+        self.device = device
+        self.limit = PAGE_BLOCKS if limit is None else limit
         self.tables = Tables()
-        self.slots = [
-            [torch.empty(limit * BLOCK, dtype=torch.uint8, device=device) for _ in range(2)]
-            + [torch.empty(limit, dtype=torch.float32, device=device) for _ in range(2)]
-            for _ in range(SLOTS)
-        ]
+        self.slots: list[list[Pair]] = [[] for _ in range(SLOTS)]  # codes and absmax of each state
         self.queues = CudaQueues(device) if queues is None else queues
-        if isinstance(self.queues, CudaQueues):
-            for tensor in (tensor for slot in self.slots for tensor in slot):
-                for stream in self.queues.streams.values():
-                    tensor.record_stream(stream)
 
     def update(self, works: Sequence[Work], rule: Rule, key: object = None) -> None:
-        """``pyft.ops.optim.update`` of parameters whose states, all 8-bit, are in host memory."""
+        """``pyft.ops.optim.update`` of parameters whose states, all 8-bit, are in host memory.
+
+        Raises:
+            ValueError: a state that is not coded; nothing has been updated then.
+        """
+        states = max(len(_states(work)) for work in works)
         flat = [work._replace(param=_flat(work.param), grad=_flat(work.grad)) for work in works]
-        sizes = [-(-work.param.numel() // BLOCK) for work in flat]
-        stages = [
-            self._stage(flat, page, number % SLOTS)
-            for number, page in enumerate(pages(sizes, self.limit))
-        ]
+        cut = pages([-(-work.param.numel() // BLOCK) for work in flat], self.limit)
+        for slot in range(SLOTS):
+            sizes = (sum(part.blocks for part in page) for page in cut[slot::SLOTS])
+            self._reserve(slot, max(sizes, default=0), states)
+        stages = [self._stage(flat, page, number % SLOTS) for number, page in enumerate(cut)]
         evicted = [("evicted", slot) for slot in range(SLOTS)]
         for number, (here, copies) in enumerate(stages):
             slot = number % SLOTS
@@ -141,6 +155,21 @@ class Pager:
 
         self.queues.run(queue, after, copy, done)
 
+    def _reserve(self, slot: int, blocks: int, states: int) -> None:
+        """Make room for ``blocks`` blocks of ``states`` states, if the slot has less."""
+        held = self.slots[slot]
+        had = (len(held[0][1]), len(held)) if held else (0, 0)
+        room, count = max(blocks, had[0]), max(states, had[1])
+        if blocks == 0 or (room, count) == had:
+            return
+        if held:
+            self.queues.drain()  # copies and updates may still be using them
+        held.clear()
+        for _ in range(count):
+            codes = torch.empty(room * BLOCK, dtype=torch.uint8, device=self.device)
+            held.append((codes, torch.empty(room, dtype=torch.float32, device=self.device)))
+        self.queues.share([tensor for pair in held for tensor in pair])
+
     def _stage(
         self, works: Sequence[Work], page: list[Part], slot: int
     ) -> tuple[list[Work], list[Pair]]:
@@ -150,22 +179,32 @@ class Pager:
             work = works[part.work]
             begin = part.first * BLOCK
             end = min(begin + part.blocks * BLOCK, work.param.numel())
-            rooms: list[Tensor | None] = []
-            for host, room in zip(work[2:], self.slots[slot], strict=True):
-                if host is None:
-                    rooms.append(None)
-                    continue
-                coded = host.dtype == torch.uint8
-                source = host[begin:end] if coded else host[part.first : part.first + part.blocks]
-                start = used * BLOCK if coded else used
-                target = room[start : start + len(source)]
-                rooms.append(target)
-                copies.append((source, target))
-            first, *others = rooms
-            assert first is not None
-            staged.append(Work(work.param[begin:end], work.grad[begin:end], first, *others))
+            blocks = slice(part.first, part.first + part.blocks)
+            rooms: list[Pair] = []
+            for (codes, absmax), (codes_room, absmax_room) in zip(
+                _states(work), self.slots[slot], strict=False
+            ):
+                start = used * BLOCK
+                room = codes_room[start : start + end - begin]
+                room_absmax = absmax_room[used : used + part.blocks]
+                copies += [(codes[begin:end], room), (absmax[blocks], room_absmax)]
+                rooms.append((room, room_absmax))
+            (first, first_absmax), second = rooms[0], (*rooms[1:], (None, None))[0]
+            coded = (first, second[0], first_absmax, second[1])
+            staged.append(Work(work.param[begin:end], work.grad[begin:end], *coded))
             used += part.blocks
         return staged, copies
+
+
+def _states(work: Work) -> list[Pair]:
+    """The codes and absmax of each state."""
+    pairs = [(work.first, work.first_absmax), (work.second, work.second_absmax)]
+    made = []
+    for codes, absmax in pairs[: 1 if work.second is None else 2]:
+        if codes is None or absmax is None or codes.dtype != torch.uint8:
+            raise ValueError("a state that is not 8-bit cannot be paged: its cuts would be wrong")
+        made.append((codes, absmax))
+    return made
 
 
 def _flat(x: Tensor) -> Tensor:
