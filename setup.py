@@ -98,8 +98,9 @@ class Build(build_ext):
         """Compile the sources one by one, then link as setuptools does."""
         ext.include_dirs.append(pybind11.get_include())
         sources, ext.sources = ext.sources, []
-        ext.depends += sources  # what setuptools compares dates with
         ext.extra_objects += [self._compile(source, ext) for source in sources]
+        # What setuptools compares dates with to see whether there is something to link.
+        ext.depends = [*ext.depends, *sources, *ext.extra_objects]
         super().build_extension(ext)
 
     def _compile(self, source: str, ext: Extension) -> str:

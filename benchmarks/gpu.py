@@ -28,6 +28,7 @@ from gpu_run import ROOT, Run, Step
 
 PARTS = "benchmarks/gpu_parts.py"
 SECONDS = 515.0  # for everything
+BUILD = "build"  # the step whose failure leaves an older extension, or none
 
 # Tests by what they are worth on a GPU: these and test_kernels_*.py first, LAST_TESTS at the end.
 GPU_TESTS = (
@@ -55,7 +56,9 @@ def plan(output: Path, python: str, gpu: bool, parallel: bool, sanitizer: str | 
         command = [python, "-m", "pytest", "-q", "-p", "benchmarks.gpu_log", "--tb=short"]
         command += ["--continue-on-collection-errors", f"--test-log={log}", f"--chunk={name}"]
         command += ["-n", str(min(8, os.cpu_count() or 1))] if parallel else []
-        return Step(name, [*command, *files], limit, least, lambda text: tally(log, name))
+        return Step(
+            name, [*command, *files], limit, least, lambda text: tally(log, name), needs=BUILD
+        )
 
     def checked(tool: str, limit: float, least: float, *options: str) -> Step:
         name = f"compute-sanitizer {tool}"
@@ -63,7 +66,7 @@ def plan(output: Path, python: str, gpu: bool, parallel: bool, sanitizer: str | 
             why = no_gpu or "compute-sanitizer is not on this machine"
             return Step(name, None, limit, missing=why)
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *parts, "kernels", *options]
-        return Step(name, command, limit, least, errors)
+        return Step(name, command, limit, least, errors, needs=BUILD)
 
     size = [] if gpu else ["--shapes", "1b:k", "--tokens", "16"]
     ops = ["dequantize", "qlinear", "adamw8bit", "quantize", "lora_linear", "dropout"]
@@ -71,14 +74,22 @@ def plan(output: Path, python: str, gpu: bool, parallel: bool, sanitizer: str | 
     measure = [python, "-m", "pyft.cli", "bench", *ops, "--peers", *size, *files]
     chunks = [middle[index::CHUNKS] for index in range(CHUNKS)]
     return [
-        Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 150, 60),
+        Step(BUILD, [python, "setup.py", "-q", "build_ext", "--inplace"], 150, 60),
         Step("environment", [*parts, "environment"], 40, 10, json_line),
         tests("tests of kernels", first, 130, 60),
-        Step("bench", [*measure, "--budget", "60"], 190, 70, lambda text: timed(bench)),
-        Step("memory", [*parts, "memory"], 50, 15, json_line),
+        Step(
+            "bench", [*measure, "--budget", "60"], 190, 70, lambda text: timed(bench), needs=BUILD
+        ),
+        Step("memory", [*parts, "memory"], 50, 15, json_line, needs=BUILD),
         checked("memcheck", 80, 30),
         *(tests(f"tests {i + 1} of {CHUNKS}", chunk, 90) for i, chunk in enumerate(chunks)),
-        Step("chart", [*parts, "chart", str(bench), str(bench.with_suffix(".png"))], 30, 8),
+        Step(
+            "chart",
+            [*parts, "chart", str(bench), str(bench.with_suffix(".png"))],
+            30,
+            8,
+            needs=BUILD,
+        ),
         checked("racecheck", 60, 0, "--few"),
         tests("tests of builds", last, 90),
     ]
@@ -146,7 +157,7 @@ def find_sanitizer() -> str | None:
 
 
 def main() -> int:
-    """Plan, run, print a table; 0 when every step that could run succeeded."""
+    """Plan, run, print a table; 0 when every step succeeded that can run on this machine."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--only", default="", help="names of steps, apart by commas")

@@ -2,7 +2,7 @@
 
 python benchmarks/gpu_parts.py environment            versions, device, which backends run
 python benchmarks/gpu_parts.py memory                 measured peaks beside what is counted
-python benchmarks/gpu_parts.py kernels [--few]        every kernel once, for compute-sanitizer
+python benchmarks/gpu_parts.py kernels [--few]        every kernel, for compute-sanitizer
 python benchmarks/gpu_parts.py chart BENCH.json PNG   the chart of finished results
 """
 
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_kernels import kernels
 from torch import Tensor
 
 import pyft
-from pyft.backend import PREFERENCE, availability, obstacle
+from pyft.backend import availability
 from pyft.bench.memory import peak_bytes
 from pyft.bench.report import describe, figure, strict
-from pyft.formats import FORMATS
 from pyft.optim import AdamW8bit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,37 +86,6 @@ def _peaks(call: Any, counted: int, kept: bool = False) -> dict[str, Any]:
     return {"counted": counted, "first": first, "later": later, "ratio": measured / counted}
 
 
-def kernels(few: bool) -> dict[str, Any]:
-    """Run every kernel once or, with ``few``, those of two formats; small shapes, odd ones too."""
-    ran = 0
-    for name in PREFERENCE[DEVICE.type]:
-        if name == "reference" or obstacle("quantize", name) is not None:
-            continue
-        with pyft.backend(name):
-            for format in list(FORMATS)[: 2 if few else None]:
-                for shape in ((64, 256), (33, 100)):
-                    ran += _kernels_of(format, shape)
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return {"kernels run": ran}
-
-
-def _kernels_of(format: str, shape: tuple[int, int]) -> int:
-    w = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
-    q = pyft.quantize(w, format)
-    pyft.dequantize(q, out=torch.empty_like(w))
-    for m in (1, 17, 80):
-        x = torch.randn(m, shape[1], device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        a = torch.randn(3, shape[1], device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        b = torch.randn(shape[0], 3, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        pyft.lora_linear(x, q, a, b).sum().backward()
-    parameters = [torch.nn.Parameter(torch.randn(n, device=DEVICE)) for n in (5000, 4096, 7)]
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    AdamW8bit(parameters).step()
-    return 1
-
-
 def chart(source: str, target: str) -> dict[str, Any]:
     """Draw what a results file holds."""
     from pyft.bench.plot import draw
@@ -134,7 +103,7 @@ def main() -> None:
             mib = {key: figure(entry[key] / 2**20) for key in ("counted", "first", "later")}
             print(f"{name:20} {mib} MiB, ratio {entry['ratio']:.3f}")
     elif part == "kernels":
-        found = kernels("--few" in arguments)
+        found = kernels(DEVICE, "--few" in arguments)
     else:
         found = environment() if part == "environment" else chart(*arguments)
     print(json.dumps(strict(found)))

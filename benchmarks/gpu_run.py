@@ -31,6 +31,7 @@ class Step:
         least: seconds kept for it while earlier steps run.
         result: reads what it wrote, also after it was stopped; None when that is its exit code.
         missing: why it cannot run here.
+        needs: an earlier step without whose success this one would run something else.
     """
 
     name: str
@@ -39,11 +40,16 @@ class Step:
     least: float = 0.0
     result: Callable[[str], Any] | None = None
     missing: str = ""
+    needs: str = ""
 
 
 @dataclass
 class Run:
     """Runs steps within a total time and writes results after each of them.
+
+    A step's status is ``ok``, ``failed``, ``stopped`` (its time was up), ``no time`` (not begun for
+    lack of it), ``blocked`` (not begun: what it needs did not succeed) or ``skipped`` (it cannot
+    run on this machine).
 
     ``clock`` and ``execute`` are there for tests; ``execute(command, seconds, environment, log)``
     returns the exit code, None when it was stopped, and the output.
@@ -58,7 +64,7 @@ class Run:
     results: list[dict[str, Any]] = field(default_factory=list)
 
     def go(self, steps: Sequence[Step]) -> bool:
-        """Run the steps in order; whether all that could run succeeded."""
+        """Run the steps in order; whether all succeeded that can run on this machine."""
         began = self.clock()
         self._write("running")
         for index, step in enumerate(steps):
@@ -75,8 +81,12 @@ class Run:
         entry: dict[str, Any] = {"name": step.name, "status": "skipped", "seconds": 0.0}
         if step.command is None:
             return entry | {"reason": step.missing}
+        for earlier in self.results:
+            if earlier["name"] == step.needs and earlier["status"] != "ok":
+                reason = f"needs {step.needs}: {earlier['status']}"
+                return entry | {"status": "blocked", "reason": reason}
         if allowed < SHORTEST:
-            return entry | {"reason": f"{allowed:.0f} s were left for it"}
+            return entry | {"status": "no time", "reason": f"{allowed:.0f} s were left for it"}
         start = self.clock()
         code, text = self.execute(step.command, allowed, self.environment, self.output / "log.txt")
         status = {0: "ok", None: "stopped"}.get(code, "failed")

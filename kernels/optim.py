@@ -3,7 +3,7 @@
 The equations, their order and the coding of states are those of ``pyft.reference.optim``, bit for
 bit: divisions and square roots are IEEE, and launches forbid the compiler to contract a product and
 a sum. A program works on ROWS blocks of 256 elements of one tensor, which it finds by bisection in
-the table of addresses; a step is one launch.
+the table of addresses; one call is one launch.
 
 Bytes moved for each element: AdamW 16 with fp32 parameters and 10 with 16-bit ones, Lion and SGD 14
 and 8. The maps and the encoder's first look-up, 13 KB, come from the cache.

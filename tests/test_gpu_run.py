@@ -7,20 +7,31 @@ import sys
 import time
 import zipfile
 from collections.abc import Sequence
+from inspect import signature
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+
+from pyft import native
+from pyft.formats import FORMATS, SCALE_FORMAT
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def gpu() -> ModuleType:
+    return load("gpu")
+
+
+def load(name: str) -> ModuleType:
+    """A file of benchmarks/ as it is when run from there."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        spec = importlib.util.spec_from_file_location("gpu", BENCHMARKS / "gpu.py")
+        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -71,7 +82,7 @@ def test_a_step_gets_what_later_steps_are_not_sure_of(runner, tmp_path):
     passed, found = go(runner, machine, steps, tmp_path)
     assert machine.ran == [("a", 70.0), ("b", 30.0)]
     assert not passed
-    assert [entry["status"] for entry in found["steps"]] == ["stopped", "stopped", "skipped"]
+    assert [entry["status"] for entry in found["steps"]] == ["stopped", "stopped", "no time"]
     assert found["steps"][2]["reason"] == "0 s were left for it"
 
 
@@ -84,6 +95,39 @@ def test_time_not_used_goes_to_the_others(runner, tmp_path):
     assert machine.ran == [("a", 70.0), ("b", 80.0), ("c", 75.0)]
     assert [entry["seconds"] for entry in found["steps"]] == [5.0, 20.0, 1.0]
     assert found["state"] == "done"
+
+
+def test_a_step_not_begun_for_lack_of_time_is_no_success(runner, tmp_path):
+    steps = [runner.Step("a", ["a"], 98), runner.Step("b", ["b"], 50)]
+    machine = Machine({"a": 97.0, "b": 1.0})
+    passed, found = go(runner, machine, steps, tmp_path)
+    assert [entry["status"] for entry in found["steps"]] == ["ok", "no time"]
+    assert machine.ran == [("a", 98.0)]
+    assert not passed
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(1.0, "failed"), (99.0, "stopped")])
+def test_what_needs_a_failed_step_is_not_begun(runner, tmp_path, seconds, status):
+    steps = [
+        runner.Step("build", ["build"], 20),
+        runner.Step("tests", ["tests"], 50, needs="build"),
+        runner.Step("environment", ["environment"], 50),
+    ]
+    machine = Machine({"build": seconds, "tests": 1.0, "environment": 1.0}, {"build": 1})
+    passed, found = go(runner, machine, steps, tmp_path)
+    assert not passed
+    assert [name for name, _ in machine.ran] == ["build", "environment"]
+    blocked = found["steps"][1]
+    assert blocked["status"] == "blocked"
+    assert blocked["reason"] == f"needs build: {status}"
+
+
+def test_what_is_needed_and_not_asked_for_is_there(runner, tmp_path):
+    """With --only, a step runs over what an earlier run built."""
+    steps = [runner.Step("tests", ["tests"], 50, needs="build")]
+    passed, found = go(runner, Machine({"tests": 1.0}), steps, tmp_path)
+    assert passed
+    assert found["steps"][0]["status"] == "ok"
 
 
 def test_a_failed_step_does_not_stop_the_others(runner, tmp_path):
@@ -185,6 +229,7 @@ def test_the_plan_is_most_valuable_first(gpu, tmp_path):
     assert sum(step.least for step in steps) < gpu.SECONDS < 9 * 60
     assert "-n" in steps[2].command
     assert "--shapes" not in steps[3].command
+    assert {step.name for step in steps if step.needs != "build"} == {"build", "environment"}
 
 
 def test_every_test_file_is_run_once(gpu, tmp_path):
@@ -220,6 +265,63 @@ def test_what_steps_write_is_read(gpu, tmp_path):
     found = gpu.timed(path)
     assert (found["timed"], found["not timed"]) == (1, 1)
     assert found["reasons"] == ["quantize 2x2 : WRONG: error 1"]
+
+
+def test_every_native_kernel_is_run(monkeypatch):
+    """The same calls as on a GPU, counted at the functions that launch kernels."""
+    seen: dict[str, list[dict[str, Any]]] = {}
+
+    def spy(name: str) -> None:
+        function = getattr(native, name)
+        parameters = signature(function)
+
+        def counted(*arguments: Any) -> None:
+            bound = parameters.bind(*arguments).arguments
+            on = bound.get("on", bound.get("out" if name == "dequantize" else "x"))
+            seen.setdefault(name, []).append(bound | {"dtype": on.dtype})
+            function(*arguments)
+
+        monkeypatch.setattr(native, name, counted)
+
+    for name in ("quantize", "dequantize", "qlinear", "dropout", "optim"):
+        spy(name)
+    ran = load("gpu_kernels").kernels(torch.device("cpu"))
+    launches = {name: len(calls) for name, calls in seen.items()}
+    weights = 3 * (7 * 2 + 6 * 2)  # dtypes, formats, shapes and, but for mxfp4, block sizes
+    linears = 3 * 3 * 3  # dtypes, formats, K
+    nested = sum(call["zero_code"] == SCALE_FORMAT.zero_code for call in seen["quantize"])
+    assert launches == {
+        "quantize": weights + linears + nested,
+        "dequantize": 2 * weights,
+        "qlinear": 5 * linears,
+        "optim": 3 * 3,
+        "dropout": 3,
+    }
+    assert nested == 3 * (2 * 4 + 3)  # nf4 and fp4, and nf4 in linears
+    assert ran == {"cpu": 3 * weights + 5 * linears + 9}
+
+    def found(name: str, *keys: str) -> set[tuple[Any, ...]]:
+        return {tuple(call[key] for key in keys) for call in seen[name]}
+
+    dtypes, bits = (torch.float32, torch.bfloat16, torch.float16), (4, 8)
+    for name in ("quantize", "dequantize", "qlinear"):
+        assert found(name, "dtype", "bits") == set(product(dtypes, bits))
+    codings = {(fmt.bits, fmt.zero_code, fmt.top) for fmt in FORMATS.values()}
+    assert len(codings) == len(FORMATS)
+    quantized = found("quantize", "dtype", "bits", "zero_code", "top")
+    assert quantized >= {(dtype, *coding) for dtype in dtypes for coding in codings}
+    for size in (4096, 5000):  # the largest block, and a row
+        sized = set(product(dtypes, bits, (size,)))
+        assert found("quantize", "dtype", "bits", "block_size") >= sized
+    shapes = {(c["dtype"], c["bits"], c["x"].shape[0], c["shape"][1]) for c in seen["qlinear"]}
+    assert shapes == set(product(dtypes, bits, (1, 3, 8, 17, 64), (256, 104, 100)))
+    assert any(c["nested"] is not None and c["bits"] == 4 for c in seen["qlinear"])
+    assert any(c["zeros"] is not None for c in seen["qlinear"])
+    odd = [c for c in seen["dequantize"] if c["out"].stride(0) > c["out"].shape[1]]
+    assert {(c["dtype"], c["bits"]) for c in odd} == set(product(dtypes, bits))
+    assert all(c["slab"][0] % 2 and c["slab"][2] % 2 for c in odd)
+    assert {(c["dtype"], c["rule"][0]) for c in seen["optim"]} == set(product(dtypes, range(3)))
+    assert all(c["table"][:, 6].tolist() == [4097, 100] for c in seen["optim"])
 
 
 def test_wheels_are_unpacked_beside(gpu, tmp_path):

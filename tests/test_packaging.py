@@ -3,6 +3,7 @@ in place.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -24,6 +25,16 @@ assert pyft.embedded.GENERAL_TEXT.is_file()
 print(pyft.__file__)
 """
 
+TINY = """
+#include <Python.h>
+static PyModuleDef tiny = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, nullptr};
+PyMODINIT_FUNC PyInit__cpu() {
+  PyObject* made = PyModule_Create(&tiny);
+  PyModule_AddIntConstant(made, "VALUE", VALUE);
+  return made;
+}
+"""
+
 
 def run(command: list[str], directory: Path, **environment: str) -> str:
     done = subprocess.run(
@@ -38,6 +49,20 @@ def test_checkout_on_the_path(tmp_path):
     for directory in (ROOT, tmp_path):
         place = run([sys.executable, "-c", PROBE], directory, PYTHONPATH=str(ROOT))
         assert Path(place.strip()).is_relative_to(ROOT)
+
+
+def test_changed_flags_reach_the_extension(tmp_path):
+    """setup.py over a tree of one small file, built again with nothing new but a flag."""
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    for folder in ("pyft", "csrc/cpu"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "pyft" / "__init__.py").touch()
+    (tmp_path / "csrc" / "bind_cpu.cpp").write_text(TINY, encoding="utf-8")
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    show = [sys.executable, "-c", "from pyft import _cpu; print(_cpu.VALUE)"]
+    for value in ("1", "2"):
+        run(build, tmp_path, PYFT_NO_CUDA="1", PYFT_CXXFLAGS=f"-DVALUE={value}")
+        assert run(show, tmp_path).strip() == value
 
 
 @pytest.mark.slow
