@@ -27,8 +27,8 @@ def qlinear_kernel(
     """
     tl.static_assert(BLOCK_K % GROUP == 0)
     GROUPS: tl.constexpr = BLOCK_K // GROUP
-    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -104,8 +104,7 @@ def qlinear(
     flat = is_flat(block_size)
     block_m = max(16, min(config.block_m, triton.next_power_of_2(m)))
     group = min(config.block_k, 32, k & -k) if k else 1  # block sizes are multiples of 32
-    # N, which is the large one, goes along axis 0: CUDA allows 65535 programs along axis 1.
-    qlinear_kernel[(triton.cdiv(n, config.block_n), triton.cdiv(m, block_m))](
+    qlinear_kernel[(triton.cdiv(m, block_m), triton.cdiv(n, config.block_n))](
         x, packed, scales, zeros, nested, offset, codes, scale_codes, bias, out,
         m, n, k, x.stride(0), out.stride(0),
         BITS=bits, BLOCK=block_size if flat else 0, NESTED_BLOCK=NESTED_BLOCK, GROUP=group,
