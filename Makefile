@@ -42,9 +42,11 @@ $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 	$(INSTALL) --editable '.[finetune]'
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
+# All at once: the extensions are built once, and what `installed` brings is there too.
+$(VENV)/installed-dev: $(VENV)/bin/python $(SOURCES)
+	$(INSTALL) torch
 	$(INSTALL) --editable '.[dev]'
-	touch $@
+	touch $(VENV)/installed $@
 
 clean:
 	rm -rf $(VENV) build pyft.egg-info .pytest_cache .mypy_cache .ruff_cache

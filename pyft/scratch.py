@@ -4,12 +4,13 @@ thread on a CPU), reused by every layer of every model.
 It holds one weight, or a slab of one that is larger than ``limit_scratch`` allows. What it holds is
 remembered, so that a weight used twice in a row (by a checkpoint's recomputation and then by its
 backward) is decoded once; writing to its stored tensors is noticed, unless through ``.data`` or
-numpy. No view of it leaves the block that borrows it, and it is freed with the
-last weight decoded into it.
+numpy. No view of it leaves the block that borrows it, and it is freed with the last weight decoded
+into it.
 """
 
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from math import prod
@@ -132,18 +133,18 @@ def _version(part: Tensor) -> int | None:
 
 class _OfThread(threading.local):
     def __init__(self) -> None:
-        self.buffers: dict[tuple[torch.device, int], _Buffer] = {}
+        self.buffer = _Buffer()
 
 
 _of_thread = _OfThread()
-_of_streams: dict[tuple[torch.device, int], _Buffer] = {}
+_of_streams: defaultdict[tuple[torch.device, int], _Buffer] = defaultdict(_Buffer)
 
 
 def decoded(
     parts: Sequence[Tensor], coding: Coding, dtype: torch.dtype, decode: Decode
 ) -> AbstractContextManager[Tensor]:
-    """A context in which a slab of the weight stored in ``parts``
-    is at hand as a plain tensor; ``decode`` fills one where the buffer holds something else.
+    """A context in which a slab of the weight stored in ``parts`` is at hand as a plain tensor;
+    ``decode`` fills one where the buffer holds something else.
 
     While a CUDA graph is captured nothing is reused and nothing remembered: what is captured may be
     replayed in any order.
@@ -152,11 +153,9 @@ def decoded(
     if _capturing(device):
         return _Buffer().borrow(parts, coding, dtype, decode)
     if device.type == "cpu":
-        buffer = _of_thread.buffers.setdefault((device, 0), _Buffer())
-    else:
-        stream = torch.accelerator.current_stream(device)
-        buffer = _of_streams.setdefault((device, stream.stream_id), _Buffer())
-    return buffer.borrow(parts, coding, dtype, decode)
+        return _of_thread.buffer.borrow(parts, coding, dtype, decode)
+    stream = torch.accelerator.current_stream(device).stream_id
+    return _of_streams[device, stream].borrow(parts, coding, dtype, decode)
 
 
 def _capturing(device: torch.device) -> bool:

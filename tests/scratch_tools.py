@@ -19,17 +19,16 @@ ROWS = max(FUSED_ROWS["cpu"].values()) + 6  # so many that the weight is decoded
 @pytest.fixture(autouse=True)
 def fresh_scratch() -> Iterator[None]:
     """As in a process that has decoded nothing yet."""
-    scratch._of_thread.buffers.clear()
+    scratch._of_thread.buffer = scratch._Buffer()
     before = limit_scratch(None)
     yield
     limit_scratch(before)
-    scratch._of_thread.buffers.clear()
+    scratch._of_thread.buffer = scratch._Buffer()
 
 
 def buffer() -> scratch._Buffer:
     """This thread's."""
-    (found,) = scratch._of_thread.buffers.values()
-    return found
+    return scratch._of_thread.buffer
 
 
 def weight(rows: int = 48, cols: int = 128, name: str = "nf4") -> QuantizedTensor:

@@ -72,7 +72,9 @@ def test_one_weight(group: int, k: int, version: str) -> None:
         entry = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": ordered}
         layout = layout_of(entry | {"checkpoint_format": version}, "here")
         tensors = {f".{key}": torch.from_numpy(value) for key, value in stored.items()}
-        q = layout.check("m", of_tensors(tensors), (n, k), torch.float32)(tensors)
+        with torch.device("meta"):  # as while a model is made without memory
+            build = layout.check("m", of_tensors(tensors), (n, k), torch.float32)
+        q = build(tensors)
         assert torch.equal(q.dequantize(), torch.from_numpy(values.astype(np.float32)))
 
 

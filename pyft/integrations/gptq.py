@@ -93,12 +93,13 @@ class Layout:
         part = sized(need(parts, ".g_idx", module, (torch.int32,)), (cols,))
         index = part.read().cpu().long()
         order = index.argsort(stable=True)
-        if not torch.equal(index[order], torch.arange(cols) // group):
+        columns = torch.arange(cols, device="cpu")
+        if not torch.equal(index[order], columns // group):
             raise UsageError(
                 f"{part.file}: {part.key} does not give each of {cols // group} groups {group} "
                 f"columns; {AGAIN}"
             )
-        return None if torch.equal(order, torch.arange(cols)) else order.to(torch.int32)
+        return None if torch.equal(order, columns) else order.to(torch.int32)
 
     def _build(
         self,

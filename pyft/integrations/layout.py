@@ -69,7 +69,7 @@ class Layout:
         if ".weight.columns" in parts:
             columns = need(parts, ".weight.columns", module, (torch.int32,))
             order = sized(columns, shape[-1:]).read().cpu().sort().values
-            if not torch.equal(order, torch.arange(shape[-1], dtype=torch.int32)):
+            if not torch.equal(order, torch.arange(shape[-1], dtype=torch.int32, device="cpu")):
                 raise UsageError(
                     f"{columns.file}: {columns.key} does not name each column once; {AGAIN}"
                 )
