@@ -1,5 +1,10 @@
 // pyft._cpu: the C ABI's CPU half for Python. Pointers are integers; a status that is not OK becomes an exception.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <tuple>
+#include <utility>
 
 #include "bind.h"
 
@@ -57,6 +62,97 @@ void optim(uintptr_t tensors, int64_t count, int dtype, int algorithm, bool nest
                        static_cast<pyft_isa>(isa), threads));
 }
 
+// A matrix or a vector as Python has it: address and distance of rows.
+using Rows = std::pair<uintptr_t, int64_t>;
+
+void norm(Rows x, Rows residual, uintptr_t weight, uintptr_t bias, float eps, float offset, Rows y, Rows h,
+          uintptr_t mean, uintptr_t rstd, int64_t rows, int64_t cols, int dtype, int isa, int threads) {
+  pyft_norm norm = {};
+  norm.rows = rows, norm.cols = cols;
+  norm.x = pointer<void>(x.first), norm.x_stride = x.second;
+  norm.residual = pointer<void>(residual.first), norm.residual_stride = residual.second;
+  norm.weight = pointer<void>(weight), norm.bias = pointer<void>(bias);
+  norm.y = pointer<void>(y.first), norm.y_stride = y.second;
+  norm.h = pointer<void>(h.first), norm.h_stride = h.second;
+  norm.mean = pointer<float>(mean), norm.rstd = pointer<float>(rstd);
+  norm.eps = eps, norm.offset = offset;
+  check(pyft_cpu_norm(&norm, static_cast<pyft_dtype>(dtype), static_cast<pyft_isa>(isa), threads));
+}
+
+void norm_backward(Rows dy, Rows h, uintptr_t weight, uintptr_t mean, uintptr_t rstd, float offset, Rows dh, Rows dx,
+                   uintptr_t dweight, uintptr_t dbias, int64_t rows, int64_t cols, int64_t parts, int dtype, int isa,
+                   int threads) {
+  pyft_norm_backward norm = {};
+  norm.rows = rows, norm.cols = cols, norm.parts = parts;
+  norm.dy = pointer<void>(dy.first), norm.dy_stride = dy.second;
+  norm.h = pointer<void>(h.first), norm.h_stride = h.second;
+  norm.dh = pointer<void>(dh.first), norm.dh_stride = dh.second;
+  norm.dx = pointer<void>(dx.first), norm.dx_stride = dx.second;
+  norm.weight = pointer<void>(weight), norm.mean = pointer<float>(mean), norm.rstd = pointer<float>(rstd);
+  norm.dweight = pointer<float>(dweight), norm.dbias = pointer<float>(dbias);
+  norm.offset = offset;
+  check(pyft_cpu_norm_backward(&norm, static_cast<pyft_dtype>(dtype), static_cast<pyft_isa>(isa), threads));
+}
+
+// Addresses of x and out, their heads, and the distances of batches, heads and tokens.
+using Heads = std::tuple<uintptr_t, uintptr_t, int64_t, std::array<int64_t, 3>, std::array<int64_t, 3>>;
+
+pyft_heads heads_of(const Heads& heads) {
+  const auto& [x, out, count, from, to] = heads;
+  return {pointer<void>(x), pointer<void>(out), count, from[0], from[1], from[2], to[0], to[1], to[2]};
+}
+
+// Address and distances of batches and rows.
+using Table = std::tuple<uintptr_t, int64_t, int64_t>;
+
+void rope(const Heads& q, const Heads& k, Table cos, Table sin, Table positions, bool interleaved, bool inverse,
+          int64_t batch, int64_t seq, int64_t dim, int64_t half, int table_dtype, int dtype, int isa, int threads) {
+  pyft_rope rope = {};
+  rope.batch = batch, rope.seq = seq, rope.dim = dim, rope.half = half;
+  rope.cos = pointer<void>(std::get<0>(cos)), rope.cos_batch = std::get<1>(cos), rope.cos_row = std::get<2>(cos);
+  rope.sin = pointer<void>(std::get<0>(sin)), rope.sin_batch = std::get<1>(sin), rope.sin_row = std::get<2>(sin);
+  rope.positions = pointer<int64_t>(std::get<0>(positions));
+  rope.positions_batch = std::get<1>(positions), rope.positions_seq = std::get<2>(positions);
+  rope.table_dtype = static_cast<pyft_dtype>(table_dtype);
+  rope.interleaved = interleaved, rope.inverse = inverse;
+  const pyft_heads queries = heads_of(q), keys = heads_of(k);
+  check(pyft_cpu_rope(&rope, &queries, keys.x ? &keys : nullptr, static_cast<pyft_dtype>(dtype),
+                      static_cast<pyft_isa>(isa), threads));
+}
+
+void glu(Rows gate, Rows up, int activation, Rows out, int64_t rows, int64_t cols, int dtype, int isa, int threads) {
+  const pyft_glu glu = {rows,
+                        cols,
+                        static_cast<pyft_activation>(activation),
+                        pointer<void>(gate.first),
+                        pointer<void>(up.first),
+                        pointer<void>(out.first),
+                        gate.second,
+                        up.second,
+                        out.second};
+  check(pyft_cpu_glu(&glu, static_cast<pyft_dtype>(dtype), static_cast<pyft_isa>(isa), threads));
+}
+
+void glu_backward(Rows dy, Rows gate, Rows up, int activation, Rows dgate, Rows dup, Rows out, int64_t rows,
+                  int64_t cols, int dtype, int isa, int threads) {
+  const pyft_glu_backward glu = {rows,
+                                 cols,
+                                 static_cast<pyft_activation>(activation),
+                                 pointer<void>(dy.first),
+                                 pointer<void>(gate.first),
+                                 pointer<void>(up.first),
+                                 pointer<void>(dgate.first),
+                                 pointer<void>(dup.first),
+                                 pointer<void>(out.first),
+                                 dy.second,
+                                 gate.second,
+                                 up.second,
+                                 dgate.second,
+                                 dup.second,
+                                 out.second};
+  check(pyft_cpu_glu_backward(&glu, static_cast<pyft_dtype>(dtype), static_cast<pyft_isa>(isa), threads));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -70,4 +166,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("qlinear", &qlinear, release());
   m.def("dropout", &dropout, release());
   m.def("optim", &optim, release());
+  m.def("norm", &norm, release());
+  m.def("norm_backward", &norm_backward, release());
+  m.def("rope", &rope, release());
+  m.def("glu", &glu, release());
+  m.def("glu_backward", &glu_backward, release());
 }

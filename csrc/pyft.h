@@ -83,6 +83,93 @@ typedef struct {
   const uint8_t* starts;  // [3][PYFT_OPTIM_BUCKETS]: least code of a bucket: signed x >= 0, signed x < 0, unsigned
 } pyft_optim_maps;
 
+// ---- norms, rotary embedding, activations: the equations are those of pyft/reference/{norm,rope,glu}.py ------------
+//
+// Matrices are [rows, cols] in the call's dtype with adjacent columns and their own distance of rows, `..._stride`
+// (outputs: at least cols); arithmetic is fp32, rounded once.
+
+// y = (h - mean) rstd (offset + weight) + bias, h = x + residual rounded to the dtype.
+typedef struct {
+  int64_t rows, cols;
+  const void* x;
+  const void* residual;  // or NULL: h is x
+  const void* weight;    // [cols], or NULL: offset + weight is 1
+  const void* bias;      // [cols] or NULL
+  void* y;
+  void* h;      // set when `residual` is
+  float* mean;  // fp32 [rows], or NULL: 0 (rms_norm)
+  float* rstd;  // fp32 [rows]
+  int64_t x_stride, residual_stride, y_stride, h_stride;
+  float eps, offset;
+} pyft_norm;
+
+// dx = rstd (g - [mean is set] mean(g) - xhat mean(g xhat)) + dh with xhat = (h - mean) rstd and
+// g = dy (offset + weight). Part p of dweight and dbias is the sum of dy xhat and of dy over rows
+// [p each, (p + 1) each), each = ceil(rows / parts).
+typedef struct {
+  int64_t rows, cols, parts;
+  const void* dy;
+  const void* h;
+  const void* weight;  // [cols], or NULL: offset + weight is 1
+  const void* dh;      // or NULL: no gradient arrives at h itself
+  const float* mean;   // fp32 [rows], or NULL: 0
+  const float* rstd;   // fp32 [rows]
+  void* dx;
+  float* dweight;  // fp32 [parts, cols] or NULL
+  float* dbias;    // fp32 [parts, cols] or NULL
+  int64_t dy_stride, h_stride, dh_stride, dx_stride;
+  float offset;
+} pyft_norm_backward;
+
+// x [batch, heads, seq, dim] -> out of the same shape, each with its own distances; out may be x.
+typedef struct {
+  const void* x;
+  void* out;
+  int64_t heads;
+  int64_t x_batch, x_head, x_seq;
+  int64_t out_batch, out_head, out_seq;
+} pyft_heads;
+
+// Pairs (i, i + half), or (2 i, 2 i + 1) where interleaved, of the first 2 half of dim elements are turned by their
+// token's angle, the others copied.
+typedef struct {
+  int64_t batch, seq, dim, half;
+  const void* cos;  // [batch, seq, half], or tables [any, half] whose rows `positions` names
+  const void* sin;
+  pyft_dtype table_dtype;      // the call's, or PYFT_F32
+  int64_t cos_batch, cos_row;  // distances; 0: one row for all
+  int64_t sin_batch, sin_row;
+  const int64_t* positions;  // [batch, seq] or NULL
+  int64_t positions_batch, positions_seq;
+  int interleaved;
+  int inverse;  // by the negative angle
+} pyft_rope;
+
+typedef enum { PYFT_SILU = 0, PYFT_GELU = 1, PYFT_GELU_TANH = 2, PYFT_RELU2 = 3 } pyft_activation;
+
+// out = activation(gate) up
+typedef struct {
+  int64_t rows, cols;
+  pyft_activation activation;
+  const void* gate;
+  const void* up;  // or NULL: 1
+  void* out;
+  int64_t gate_stride, up_stride, out_stride;
+} pyft_glu;
+
+// The gradients of gate and up, and out once more. An output may be the memory of an input.
+typedef struct {
+  int64_t rows, cols;
+  pyft_activation activation;
+  const void* dy;
+  const void* gate;
+  const void* up;  // or NULL: 1
+  void* dgate;
+  void* dup;  // or NULL
+  void* out;  // or NULL
+  int64_t dy_stride, gate_stride, up_stride, dgate_stride, dup_stride, out_stride;
+} pyft_glu_backward;
+
 // ---- CPU ----------------------------------------------------------------------------------------------------------
 
 // The best instruction set this CPU and its operating system support.
@@ -114,6 +201,16 @@ pyft_status pyft_cpu_dropout(const void* x, pyft_dtype dtype, int64_t n, uint64_
 // PYFT_ISA_AVX512 runs the AVX2 code on a CPU without VBMI.
 pyft_status pyft_cpu_optim(const pyft_optim_tensor* tensors, int64_t count, pyft_dtype dtype,
                            const pyft_optim_rule* rule, const pyft_optim_maps* maps, pyft_isa isa, int threads);
+
+pyft_status pyft_cpu_norm(const pyft_norm* norm, pyft_dtype dtype, pyft_isa isa, int threads);
+pyft_status pyft_cpu_norm_backward(const pyft_norm_backward* norm, pyft_dtype dtype, pyft_isa isa, int threads);
+
+// k may be NULL.
+pyft_status pyft_cpu_rope(const pyft_rope* rope, const pyft_heads* q, const pyft_heads* k, pyft_dtype dtype,
+                          pyft_isa isa, int threads);
+
+pyft_status pyft_cpu_glu(const pyft_glu* glu, pyft_dtype dtype, pyft_isa isa, int threads);
+pyft_status pyft_cpu_glu_backward(const pyft_glu_backward* glu, pyft_dtype dtype, pyft_isa isa, int threads);
 
 // ---- CUDA (pointers are device pointers; `stream` is a cudaStream_t) ---------------------------------------------
 

@@ -40,6 +40,69 @@ class Optim:
     num_warps: int = 4
 
 
+@dataclass(frozen=True)
+class Norm:
+    """``tile`` elements a program: whole rows where a row has no more than ``longest``, otherwise
+    a part of one row at a time. ``elements`` a thread forward, ``elements_backward`` in the
+    backward, where a program has many rows, one after another; powers of two.
+    """
+
+    tile: int = 2048
+    longest: int = 8192
+    elements: int = 32
+    elements_backward: int = 8
+
+
+@dataclass(frozen=True)
+class Rope:
+    """About ``tile`` elements a program: some heads of one token; a power of two."""
+
+    tile: int = 2048
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class Glu:
+    """``tile`` elements of one row a program; a power of two."""
+
+    tile: int = 1024
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class LoraMatmul:
+    """The tile of the output, how much of K and of the rank is taken at once, and how many tiles
+    down follow one another before the next to the right; powers of two, blocks at least 16.
+
+    persistent: one program a multiprocessor, which goes through many tiles. tma: x and w through
+    tensor descriptors where their addresses and strides are multiples of 16 bytes.
+    """
+
+    block_m: int = 128
+    block_n: int = 128
+    block_k: int = 64
+    block_r: int = 64
+    group_m: int = 8
+    persistent: bool = False
+    tma: bool = False
+    num_warps: int = 8
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class Skinny:
+    """Rows and columns of the large input, and how much of the rank, taken at once; ``programs`` to
+    have at least, for which the sum is split into parts; powers of two, blocks at least 16.
+    """
+
+    block_m: int = 64
+    block_k: int = 64
+    block_r: int = 128
+    programs: int = 256
+    num_warps: int = 4
+    num_stages: int = 3
+
+
 QUANTIZE = Quantize()
 DEQUANTIZE = Dequantize()
 QLINEAR = QLinear()
@@ -47,3 +110,21 @@ QLINEAR_NO_MATRIX_UNITS = QLinear(
     block_k=16, num_stages=2
 )  # an operand of them is all in registers
 OPTIM = Optim()
+NORM = Norm()
+ROPE = Rope()
+GLU = Glu()
+LORA_MATMUL = LoraMatmul()
+LORA_MATMUL_TMA = LoraMatmul(block_n=256, block_r=16, tma=True)  # more of the rank would spill
+LORA_MATMUL_PERSISTENT = LoraMatmul(persistent=True)
+LORA_MATMUL_PERSISTENT_TMA = LoraMatmul(persistent=True, tma=True)
+LORA_MATMUL_NO_MATRIX_UNITS = LoraMatmul(
+    block_m=64, block_n=64, block_k=16, block_r=16, num_warps=4, num_stages=2
+)
+LORA_MATMUL_BY_MAJOR = {  # of the compute capability; others take LORA_MATMUL
+    7: LORA_MATMUL_NO_MATRIX_UNITS,
+    9: LORA_MATMUL_TMA,
+    10: LORA_MATMUL_TMA,
+}
+PROJECT = Skinny()
+REDUCE = Skinny(block_k=128, num_warps=8)
+SKINNY_NO_MATRIX_UNITS = Skinny(block_m=32, block_k=32, block_r=32, num_stages=2)

@@ -1,4 +1,6 @@
-"""Jit helpers that kernels share: quantized formats, as ``pyft.formats`` defines them."""
+"""Jit helpers that kernels share: quantized formats, as ``pyft.formats`` defines them; activations;
+dropout from a seed.
+"""
 
 import triton
 import triton.language as tl
@@ -12,6 +14,13 @@ NESTED_BLOCK = 256
 INFINITY = tl.constexpr(float("inf"))
 # fp32 numbers this large are whole: adding and taking it off rounds to even below 2^22.
 WHOLE = tl.constexpr(1.5 * 2**23)
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+GELU_SLOPE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+GELU_CUBE = tl.constexpr(0.044715)
+# Beyond, gelu_tanh is 0 or the identity in fp32, and a cube may be infinite.
+GELU_END = tl.constexpr(16.0)
 
 
 def group_of(*lengths: int) -> int:
@@ -127,3 +136,94 @@ def pack4(code):
     """uint8 [ROWS, COLS // 2] of int32 codes [ROWS, COLS]: the inverse of ``unpack4``."""
     high, low = tl.split(code.reshape(code.shape[0], code.shape[1] // 2, 2))
     return (high << 4 | low).to(tl.uint8)
+
+
+@triton.jit
+def activate(g, ACTIVATION: tl.constexpr):
+    """act(g) in fp32: "silu", "gelu", "gelu_tanh" or "relu2" of ``pyft.reference.glu``."""
+    tl.static_assert(g.dtype == tl.float32)
+    if ACTIVATION == "silu":
+        y = g * tl.sigmoid(g)
+    elif ACTIVATION == "gelu":
+        y = g * (0.5 + 0.5 * tl.erf(g * SQRT_HALF))
+    elif ACTIVATION == "gelu_tanh":
+        y = g * tl.sigmoid((g + g * g * g * GELU_CUBE) * GELU_SLOPE)
+    else:
+        tl.static_assert(ACTIVATION == "relu2")
+        positive = tl.where(g <= 0, 0.0, g)  # keeps NaN
+        y = positive * positive
+    return y
+
+
+@triton.jit
+def sigmoid_with_slope(x):
+    """1 / (1 + exp(-x)) and its derivative, without a difference of numbers close to each other."""
+    small = tl.exp(-tl.abs(x))
+    large = 1.0 / (1.0 + small)
+    return tl.where(x >= 0, large, small * large), small * large * large
+
+
+@triton.jit
+def activate_with_slope(g, ACTIVATION: tl.constexpr):
+    """act(g) and its derivative in fp32."""
+    tl.static_assert(g.dtype == tl.float32)
+    if ACTIVATION == "silu":
+        share, share_slope = sigmoid_with_slope(g)
+        slope = share + g * share_slope
+        y = g * share
+    elif ACTIVATION == "gelu":
+        share = 0.5 + 0.5 * tl.erf(g * SQRT_HALF)
+        slope = share + g * INV_SQRT_2PI * tl.exp(-0.5 * g * g)
+        y = g * share
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh u) / 2 is the sigmoid of 2 u
+        near = tl.where(tl.abs(g) > GELU_END, tl.where(g > 0, GELU_END, -GELU_END), g)
+        square = near * near
+        share, share_slope = sigmoid_with_slope(near * (1.0 + square * GELU_CUBE) * GELU_SLOPE)
+        slope = share + share_slope * near * (1.0 + square * (3.0 * GELU_CUBE)) * GELU_SLOPE
+        y = g * share
+    else:
+        tl.static_assert(ACTIVATION == "relu2")
+        positive = tl.where(g <= 0, 0.0, g)
+        slope = 2.0 * positive
+        y = positive * positive
+    return y, slope
+
+
+@triton.jit
+def random_group(counter, seed):
+    """The four uint32 words of int64 counters: ``pyft.reference.dropout.random_words``."""
+    tl.static_assert(counter.dtype == tl.int64)
+    low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    zero = tl.zeros_like(low)
+    return tl.philox(seed, low, high, zero, zero)
+
+
+@triton.jit
+def random_tile(row, col, pitch, seed, COLS: tl.constexpr, GROUPED: tl.constexpr):
+    """uint32 words of the elements row * pitch + col of rows [ROWS] and COLS columns from ``col``:
+    int64 rows and first column. GROUPED, where pitch and col are multiples of 4, draws four words
+    at once.
+    """
+    ROWS: tl.constexpr = row.shape[0]
+    if GROUPED:
+        offs_c = col // 4 + tl.arange(0, COLS // 4)
+        first, second, third, fourth = random_group(
+            row[:, None] * (pitch // 4) + offs_c[None, :], seed
+        )
+        even, odd = tl.join(first, third), tl.join(second, fourth)
+        words = tl.join(even, odd).reshape(ROWS, COLS)
+    else:
+        element = row[:, None] * pitch + (col + tl.arange(0, COLS))[None, :]
+        first, second, third, fourth = random_group(element // 4, seed)
+        place = (element % 4).to(tl.int32)
+        low = tl.where(place == 0, first, second)
+        high = tl.where(place == 2, third, fourth)
+        words = tl.where(place < 2, low, high)
+    return words
+
+
+@triton.jit
+def keep_tile(row, col, pitch, seed, threshold, COLS: tl.constexpr, GROUPED: tl.constexpr):
+    """Which elements of ``random_tile`` dropout keeps: words that are not below the threshold."""
+    return random_tile(row, col, pitch, seed, COLS, GROUPED) >= tl.cast(threshold, tl.uint32)

@@ -14,8 +14,14 @@ if TYPE_CHECKING:
     from pyft.integrations.peft import apply, revert
     from pyft.integrations.transformers import prepare
     from pyft.ops.dropout import dropout
+    from pyft.ops.glu import geglu, relu2, swiglu
     from pyft.ops.lora_linear import lora_linear
+    from pyft.ops.lora_mlp import lora_mlp
+    from pyft.ops.lora_qkv import lora_qkv
+    from pyft.ops.norm import layer_norm, rms_norm
     from pyft.ops.quantize import dequantize, quantize
+    from pyft.ops.rope import rope
+    from pyft.ops.shared.group import NormInput
     from pyft.quantized import QuantizedTensor
     from pyft.scratch import limit_scratch
 
@@ -27,7 +33,16 @@ _LAZY = {
     "revert": "pyft.integrations.peft",
     "prepare": "pyft.integrations.transformers",
     "dropout": "pyft.ops.dropout",
+    "geglu": "pyft.ops.glu",
+    "relu2": "pyft.ops.glu",
+    "swiglu": "pyft.ops.glu",
     "lora_linear": "pyft.ops.lora_linear",
+    "lora_mlp": "pyft.ops.lora_mlp",
+    "lora_qkv": "pyft.ops.lora_qkv",
+    "layer_norm": "pyft.ops.norm",
+    "rms_norm": "pyft.ops.norm",
+    "rope": "pyft.ops.rope",
+    "NormInput": "pyft.ops.shared.group",
     "dequantize": "pyft.ops.quantize",
     "quantize": "pyft.ops.quantize",
     "QuantizedTensor": "pyft.quantized",
@@ -36,6 +51,7 @@ _LAZY = {
 _LAZY_MODULES = ("optim",)
 
 __all__ = [
+    "NormInput",
     "PyftError",
     "QuantizedTensor",
     "UsageError",
@@ -44,12 +60,20 @@ __all__ = [
     "backend",
     "dequantize",
     "dropout",
+    "geglu",
+    "layer_norm",
     "limit_scratch",
     "lora_linear",
+    "lora_mlp",
+    "lora_qkv",
     "optim",
     "prepare",
     "quantize",
+    "relu2",
     "revert",
+    "rms_norm",
+    "rope",
+    "swiglu",
 ]
 
 

@@ -7,7 +7,7 @@ ends at the reference; a backend asked for by name runs or it raises.
 
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from types import ModuleType
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# op -> backend -> module. lora_linear is the vendor matmul with its backend's dequantization.
+# op -> backend -> module. The lora ops are made of vendor matmuls and their backend's kernels.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "quantize": {
         "reference": "pyft.reference.quantize",
@@ -41,11 +41,32 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "triton": "pyft.kernels.optim",
         "cuda": "pyft.native",
     },
-    "lora_linear": {
-        "reference": "pyft.reference.lora_linear",
-        "cpu": "pyft.ops.lora_linear",
-        "triton": "pyft.ops.lora_linear",
-        "cuda": "pyft.ops.lora_linear",
+    **{
+        op: {
+            "reference": f"pyft.reference.{op}",
+            "cpu": "pyft.native",
+            "triton": f"pyft.kernels.{op}",
+        }
+        for op in ("norm", "rope", "glu")
+    },
+    # Parts of the three below: the vendor's matmul where the choice is not Triton.
+    **{
+        op: {
+            "reference": f"pyft.reference.{op}",
+            "cpu": f"pyft.ops.{op}",
+            "triton": f"pyft.kernels.{op}",
+            "cuda": f"pyft.ops.{op}",
+        }
+        for op in ("lora_matmul", "skinny")
+    },
+    **{
+        op: {
+            "reference": f"pyft.reference.{op}",
+            "cpu": f"pyft.ops.{op}",
+            "triton": f"pyft.ops.{op}",
+            "cuda": f"pyft.ops.{op}",
+        }
+        for op in ("lora_linear", "lora_qkv", "lora_mlp")
     },
 }
 
@@ -112,6 +133,23 @@ def implementation(op: str, name: str) -> ModuleType:
 def availability() -> dict[str, dict[str, str]]:
     """For each op and backend: "yes", or the reason why not and what to do about it."""
     return {op: {name: obstacle(op, name) or "yes" for name in BACKENDS} for op in IMPLEMENTATIONS}
+
+
+def prefers_triton(
+    op: str,
+    tensor: "torch.Tensor",
+    measured: "Mapping[str, tuple[torch.dtype, ...]]",
+    anyway: bool = False,
+) -> bool:
+    """Whether a part of an op is to be Triton's instead of the vendor's: where "triton" was asked
+    for by name, or with "auto" where it was ``measured`` (device type -> dtypes) to be the faster,
+    or ``anyway``.
+    """
+    if tensor.device.type == "cpu" or tensor.dtype.itemsize > 4:
+        return False
+    faster = anyway or tensor.dtype in measured.get(tensor.device.type, ())
+    wanted = _choice.name == "triton" or (_choice.name == "auto" and faster)
+    return wanted and obstacle(op, "triton") is None
 
 
 def device_guard(tensor: "torch.Tensor") -> AbstractContextManager[object]:
@@ -192,4 +230,23 @@ def _no_cuda() -> str | None:
 
     if torch.version.cuda is None:
         return "this torch is built without CUDA; install a CUDA build of torch"
+    return None
+
+
+def launcher(op: str, tensor: "torch.Tensor", name: str) -> ModuleType | None:
+    """The module whose functions run ``op`` on the tensor: backend ``name``'s, or the best for
+    "auto".
+
+    None where the reference has to: no kernel here, or none for the tensor's dtype.
+    """
+    import torch
+
+    with backend(name):
+        best = select(op, tensor.device)
+    if best != "reference" and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return implementation(op, best)
+    if name not in ("auto", "reference"):
+        raise UsageError(
+            f"backend {name!r} cannot run {op} in {tensor.dtype}; use reference or auto"
+        )
     return None

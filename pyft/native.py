@@ -13,6 +13,7 @@ from pyft.errors import UsageError
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ISAS = {"scalar": 0, "avx2": 1, "avx512": 2}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu2": 3}
 
 
 def _cpu() -> ModuleType:
@@ -159,3 +160,119 @@ def optim(
         _launch("optim", on, (*arguments, resident), ())
     else:
         _launch("optim", on, arguments, (isa(), torch.get_num_threads()))
+
+
+def _rows(matrix: Tensor | None) -> tuple[int, int]:
+    """Address and distance of rows."""
+    return (0, 0) if matrix is None else (matrix.data_ptr(), matrix.stride(0))
+
+
+def norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    centered: bool,
+    y: Tensor,
+    h: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+) -> None:
+    """x, residual [M, D] -> h = x + residual, y = (h - mean) rstd (offset + weight) + bias [M, D]
+    and mean, rstd fp32 [M]; any row strides. ``mean`` is given where the norm is ``centered``, h
+    where there is a residual.
+    """
+    inputs = (_rows(x), _rows(residual), _address(weight), _address(bias), eps, offset)
+    outputs = (_rows(y), _rows(h), _address(mean) if centered else 0, rstd.data_ptr())
+    cpu_only = () if x.is_cuda else (isa(), torch.get_num_threads())
+    _launch("norm", x, (*inputs, *outputs, *x.shape, DTYPES[x.dtype]), cpu_only)
+
+
+def norm_backward(
+    dy: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    offset: float,
+    dh: Tensor | None,
+    dx: Tensor,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    """dy, h, dh [M, D] of any row strides -> dx [M, D]; dweight, dbias fp32 [P, D]: a sum for each
+    of P runs of ceil(M / P) rows.
+    """
+    sums = dweight if dweight is not None else dbias
+    parts = 0 if sums is None else sums.shape[0]
+    inputs = (_rows(dy), _rows(h), _address(weight), _address(mean), rstd.data_ptr(), offset)
+    outputs = (_rows(dh), _rows(dx), _address(dweight), _address(dbias))
+    cpu_only = () if dy.is_cuda else (isa(), torch.get_num_threads())
+    arguments = (*inputs, *outputs, *dy.shape, parts, DTYPES[dy.dtype])
+    _launch("norm_backward", dy, arguments, cpu_only)
+
+
+def _heads(x: Tensor | None, out: Tensor | None) -> tuple[object, ...]:
+    """Addresses, heads, and the distances of batches, heads and tokens."""
+    if x is None or out is None:
+        return (0, 0, 0, (0, 0, 0), (0, 0, 0))
+    return (x.data_ptr(), out.data_ptr(), x.shape[1], x.stride()[:3], out.stride()[:3])
+
+
+def _table(table: Tensor | None) -> tuple[int, int, int]:
+    """Address and distances of batches (0 where there is one for all) and of rows."""
+    if table is None:
+        return (0, 0, 0)
+    batch = table.stride(0) if table.dim() == 3 and table.shape[0] > 1 else 0
+    return (table.data_ptr(), batch, table.stride(-2))
+
+
+def rope(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+    q_out: Tensor,
+    k_out: Tensor | None,
+) -> None:
+    """q, k [B, H, S, D] of any strides but the last -> q_out, k_out, which may be q and k.
+
+    cos, sin [B or 1, S, R/2] of each token, or with ``positions`` int64 [B, S] tables [P, R/2].
+    """
+    batch, _, seq, dim = q.shape
+    half = cos.shape[-1]
+    where = (0, 0, 0) if positions is None else (positions.data_ptr(), *positions.stride())
+    tables = (_table(cos), _table(sin), where, interleaved, inverse)
+    sizes = (batch, seq, dim, half, DTYPES[cos.dtype], DTYPES[q.dtype])
+    cpu_only = () if q.is_cuda else (isa(), torch.get_num_threads())
+    _launch("rope", q, (_heads(q, q_out), _heads(k, k_out), *tables, *sizes), cpu_only)
+
+
+def glu(gate: Tensor, up: Tensor | None, activation: str, out: Tensor) -> None:
+    """gate, up [M, I] of any row strides -> out [M, I], act(gate) up."""
+    operands = (_rows(gate), _rows(up), ACTIVATIONS[activation], _rows(out))
+    cpu_only = () if gate.is_cuda else (isa(), torch.get_num_threads())
+    _launch("glu", gate, (*operands, *gate.shape, DTYPES[gate.dtype]), cpu_only)
+
+
+def glu_backward(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    dgate: Tensor,
+    dup: Tensor | None,
+    out: Tensor | None,
+) -> None:
+    """dy, gate, up [M, I] of any row strides -> dgate, dup and, once more, act(gate) up; an output
+    may be the memory of an input.
+    """
+    inputs = (_rows(dy), _rows(gate), _rows(up), ACTIVATIONS[activation])
+    outputs = (_rows(dgate), _rows(dup), _rows(out))
+    cpu_only = () if dy.is_cuda else (isa(), torch.get_num_threads())
+    _launch("glu_backward", dy, (*inputs, *outputs, *dy.shape, DTYPES[dy.dtype]), cpu_only)

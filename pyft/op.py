@@ -34,14 +34,22 @@ def plain(arguments: tuple[Any, ...]) -> bool:
 class Primitive:
     """A function of plain tensors registered with torch.library, without a derivative of its own.
 
-    ``forward`` is annotated as ``torch.library.custom_op`` asks; it returns fresh tensors and
-    writes to none it is given. ``fake`` takes the same arguments and returns empty tensors of the
-    right shapes.
+    ``forward`` is annotated as ``torch.library.custom_op`` asks, or comes with a schema; it returns
+    fresh tensors and writes to none it is given. ``fake`` takes the same arguments and returns
+    empty tensors of the right shapes.
     """
 
-    def __init__(self, name: str, forward: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        fake: Callable[..., Any],
+        schema: str | None = None,
+    ) -> None:
         self.name, self.forward = name, forward
-        self.library = torch.library.custom_op(f"pyft::{name}", forward, mutates_args=())
+        self.library = torch.library.custom_op(
+            f"pyft::{name}", forward, mutates_args=(), schema=schema
+        )
         self.library.register_fake(fake)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -64,8 +72,9 @@ class Op(Primitive):
         fake: Callable[..., Any],
         save: Callable[..., None],
         backward: Callable[..., Any],
+        schema: str | None = None,
     ) -> None:
-        super().__init__(name, forward, fake)
+        super().__init__(name, forward, fake, schema)
         self.library.register_autograd(_with_lists(backward), setup_context=_noting_lists(save))
         methods = {
             "forward": staticmethod(forward),

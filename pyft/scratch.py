@@ -76,6 +76,7 @@ class _Buffer:
         self.memory: Tensor | None = None
         self.owner: weakref.ref[Tensor] | None = None
         self.holds: _Held | None = None
+        self.tail = 0
         _all.add(self)
 
     def shrink(self, nbytes: int) -> None:
@@ -85,18 +86,19 @@ class _Buffer:
 
     @contextmanager
     def borrow(
-        self, parts: Sequence[Tensor], coding: Coding, dtype: torch.dtype, decode: Decode
+        self, parts: Sequence[Tensor], coding: Coding, dtype: torch.dtype, decode: Decode, tail: int
     ) -> Iterator[Tensor]:
         _, _, (top, bottom, left, right) = coding
-        shape = (bottom - top, right - left)
+        rows, cols = bottom - top, right - left
         with self.lock:
-            out = self._view(shape, dtype, parts[0].device)
-            if self.holds is None or not self.holds.is_of(parts, coding, dtype):
+            held = self.holds is not None and self.holds.is_of(parts, coding, dtype)
+            if not held or tail not in (0, self.tail):
                 self.holds = None
-                decode(out)
+                self.tail = tail
+                decode(self._view((rows, cols + tail), dtype, parts[0].device)[:, :cols])
                 self.owner = weakref.ref(parts[0], self._free)
                 self.holds = _Held(parts, coding, dtype)
-            yield out
+            yield self._view((rows, cols + self.tail), dtype, parts[0].device)[:, : cols + tail]
 
     def _view(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
         nbytes = prod(shape) * dtype.itemsize
@@ -141,21 +143,22 @@ _of_streams: defaultdict[tuple[torch.device, int], _Buffer] = defaultdict(_Buffe
 
 
 def decoded(
-    parts: Sequence[Tensor], coding: Coding, dtype: torch.dtype, decode: Decode
+    parts: Sequence[Tensor], coding: Coding, dtype: torch.dtype, decode: Decode, tail: int = 0
 ) -> AbstractContextManager[Tensor]:
-    """A context in which a slab of the weight stored in ``parts`` is at hand as a plain tensor;
-    ``decode`` fills one where the buffer holds something else.
+    """A context in which a slab of the weight stored in ``parts`` is at hand as a plain tensor,
+    with ``tail`` more columns of nothing in particular; ``decode`` fills one where the buffer holds
+    something else.
 
     While a CUDA graph is captured nothing is reused and nothing remembered: what is captured may be
     replayed in any order.
     """
     device = parts[0].device
     if _capturing(device):
-        return _Buffer().borrow(parts, coding, dtype, decode)
+        return _Buffer().borrow(parts, coding, dtype, decode, tail)
     if device.type == "cpu":
-        return _of_thread.buffer.borrow(parts, coding, dtype, decode)
+        return _of_thread.buffer.borrow(parts, coding, dtype, decode, tail)
     stream = torch.accelerator.current_stream(device).stream_id
-    return _of_streams[device, stream].borrow(parts, coding, dtype, decode)
+    return _of_streams[device, stream].borrow(parts, coding, dtype, decode, tail)
 
 
 def _capturing(device: torch.device) -> bool:

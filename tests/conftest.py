@@ -53,6 +53,9 @@ class Architecture:
     config: str
     options: dict[str, Any]
     linears: int  # per layer, those "all-linear" targets
+    norms: int = 2  # per layer
+    activation: str = "silu"
+    qkv: bool = True  # q, k and v apart
 
 
 COMMON: dict[str, Any] = {
@@ -74,14 +77,16 @@ COMMON: dict[str, Any] = {
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("LlamaConfig", {}, 7),
     "qwen2": Architecture("Qwen2Config", {}, 7),
-    "qwen3": Architecture("Qwen3Config", {"tie_word_embeddings": True}, 7),
+    "qwen3": Architecture("Qwen3Config", {"tie_word_embeddings": True}, 7, norms=4),
     "gemma3": Architecture(
         "Gemma3TextConfig",
         {"tie_word_embeddings": True, "sliding_window": 8, "query_pre_attn_scalar": 16},
         7,
+        norms=6,
+        activation="gelu_tanh",
     ),
     "mistral": Architecture("MistralConfig", {"sliding_window": None}, 7),
-    "phi3": Architecture("Phi3Config", {}, 4),
+    "phi3": Architecture("Phi3Config", {}, 4, qkv=False),
 }
 
 

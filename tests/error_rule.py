@@ -28,5 +28,14 @@ def check_error(name: str, kernel: Tensor, reference: Tensor, truth: Tensor) -> 
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
+def broken_rule(name: str, kernel: Tensor, reference: Tensor, truth: Tensor) -> str:
+    """What ``check_error`` finds wrong, as text, "" when nothing is."""
+    try:
+        check_error(name, kernel, reference, truth)
+    except AssertionError as error:
+        return f"{error}; "
+    return ""
+
+
 def _largest(x: Tensor) -> float:
     return float(x.abs().max()) if x.numel() else 0.0

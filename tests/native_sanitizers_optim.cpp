@@ -1,47 +1,9 @@
 // Runs the CPU optimizers on buffers of their exact size; built with sanitizers by test_native_sanitizers.py.
+#include "native_sanitizers.h"
+
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 #include <algorithm>
-#include <random>
-#include <vector>
-
-#include "pyft.h"
-
-static std::mt19937 rng(1);
-static int failures = 0, runs = 0;
-
-static void expect(bool ok, const char* what, long a, long b, long c) {
-  ++runs;
-  if (!ok && ++failures < 20) printf("%s: %ld %ld %ld\n", what, a, b, c);
-}
-
-// Exactly `bytes` of heap with random content; copies are byte for byte.
-struct Buffer {
-  explicit Buffer(size_t bytes) : size(bytes), at(static_cast<char*>(malloc(bytes))) {
-    for (size_t i = 0; i < size; ++i) at[i] = static_cast<char>(rng());
-  }
-  Buffer(const Buffer& other) : size(other.size), at(static_cast<char*>(malloc(other.size))) {
-    if (size) memcpy(at, other.at, size);
-  }
-  ~Buffer() { free(at); }
-  size_t size;
-  char* at;
-};
-
-template <class T>
-static bool same(const Buffer& a, const Buffer& b, T magnitude, T infinity) {
-  bool ok = true;
-  for (size_t i = 0; i < a.size; i += sizeof(T)) {
-    T x, y;
-    memcpy(&x, a.at + i, sizeof(T));
-    memcpy(&y, b.at + i, sizeof(T));
-    ok &= x == y || ((x & magnitude) > infinity && (y & magnitude) > infinity);
-  }
-  return ok;
-}
 
 // Heap copies of exact size of the two maps and the encoder's first look-up, by the definition in pyft/formats.py.
 struct Tables {
@@ -93,6 +55,7 @@ struct Work {
         first_absmax(coded ? (n + 255) / 256 * 4 : 0),
         second_absmax(coded && moments ? (n + 255) / 256 * 4 : 0),
         n(n) {
+    for (Buffer* b : {&param, &grad, &first, &second}) b->randomise();
     for (Buffer* b : {&first_absmax, &second_absmax}) floats(*b);
     if (!coded) {
       floats(first);
@@ -137,12 +100,9 @@ static void step(const Tables& tables, const std::vector<long>& sizes, pyft_dtyp
     if (isa == 0) scalar = works;
     for (size_t i = 0; i < works.size(); ++i) {
       const Work &found = works[i], &truth = scalar[i];
-      const bool wide = dtype == PYFT_F32;
-      expect(wide ? same<uint32_t>(found.param, truth.param, 0x7FFFFFFF, 0x7F800000)
-                  : same<uint16_t>(found.param, truth.param, 0x7FFF, dtype == PYFT_F16 ? 0x7C00 : 0x7F80),
-             "param", found.n, isa, dtype);
+      expect(same_values(found.param, truth.param, dtype), "param", found.n, isa, dtype);
       for (auto part : {&Work::first, &Work::second, &Work::first_absmax, &Work::second_absmax}) {
-        expect(same<uint8_t>(found.*part, truth.*part, 0xFF, 0xFF), "state", found.n, isa, dtype);
+        expect(same_bytes(found.*part, truth.*part), "state", found.n, isa, dtype);
       }
     }
   }
@@ -163,6 +123,5 @@ int main() {
   const auto scalar = PYFT_ISA_SCALAR;
   expect(pyft_cpu_optim(nullptr, 0, PYFT_F32, &rule, &maps, scalar, 1) == PYFT_OK, "no tensors", 0, 0, 0);
   expect(pyft_cpu_optim(nullptr, -1, PYFT_F32, &rule, &maps, scalar, 1) == PYFT_BAD_ARGUMENT, "count", 0, 0, 0);
-  printf("%d checks, %d failures\n", runs, failures);
-  return failures != 0;
+  return report();
 }

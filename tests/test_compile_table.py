@@ -23,11 +23,15 @@ TABLE: dict[str, dict[str, dict[str, int]]] = json.loads(
 ROWS = [(variant, target) for variant, targets in TABLE.items() for target in targets]
 
 MATRIX = "matrix"  # ends the name of what is launched where Triton has matrix units: not on sm_75
+# Ends of the names of what is launched on these GPUs alone: those with tensor descriptors, and
+# those with shared memory and registers for wide tiles beside.
+LAUNCHED_ON = {"tma": ["sm_90", "sm_100", "sm_120"], "wide": ["sm_90", "sm_100"]}
 
 
 def variants() -> dict[str, "Variant"]:
     """The compilations of each kernel that are looked at, as their launchers make them."""
     from compile_gate import Variant
+    from compile_variants import fused_variants
 
     from pyft.kernels import configs, optim, qlinear, quantize
 
@@ -114,19 +118,26 @@ def variants() -> dict[str, "Variant"]:
         "optim/adamw/bf16": optim_step(0, "bfloat16"),
         "optim/adamw/fp32": optim_step(0, "float32"),
         "optim/sgd/fp16": optim_step(2, "float16"),
+        **fused_variants(),
     }
+
+
+def targets_of(variant: str) -> list[str]:
+    """The GPUs a variant is launched on."""
+    from compile_gate import SHARED_LIMIT
+
+    end = variant.rsplit("/", 1)[1]
+    if end in LAUNCHED_ON:
+        return LAUNCHED_ON[end]
+    return [t for t in SHARED_LIMIT if t != "sm_75" or not variant.endswith(MATRIX)]
 
 
 def measure() -> dict[str, dict[str, dict[str, int]]]:
     """Compile each variant for each target; only in a process without TRITON_INTERPRET."""
-    from compile_gate import SHARED_LIMIT, compile_for
+    from compile_gate import compile_for
 
     return {
-        name: {
-            target: compile_for(variant, target)
-            for target in SHARED_LIMIT
-            if target != "sm_75" or not name.endswith(MATRIX)
-        }
+        name: {target: compile_for(variant, target) for target in targets_of(name)}
         for name, variant in variants().items()
     }
 

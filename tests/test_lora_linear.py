@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pyft
 from pyft.errors import UsageError
-from pyft.ops.lora_linear import _lora_linear, _lora_linear_backward
+from pyft.ops.lora_linear import _lora_linear
 from pyft.quantized import QuantizedTensor
 from pyft.reference import lora_linear as reference
 
@@ -450,40 +450,40 @@ def test_activation_checkpointing(use_reentrant: bool, quantized: bool) -> None:
     assert all(map(torch.equal, gradients(False), gradients(True)))
 
 
-def op_arguments(problem: Problem, p: float, seed: int | None) -> tuple[Any, ...]:
+def fields_of(problem: Problem) -> tuple[Any, ...]:
+    """The fields of its projection."""
     weight = problem.weight
     stored: tuple[Any, ...] = (weight, [])
     static: tuple[Any, ...] = ("", 0)
     if isinstance(weight, QuantizedTensor):
         stored, static = (None, weight.parts()), ("nf4", 64)
-    drawn = None if seed is None else torch.tensor(seed)
     n = problem.weight.shape[0]
-    adapter = (problem.a, problem.b, problem.bias, drawn)
-    return (problem.x, *stored, *adapter, *static, n, SCALE, p, "auto")
+    return (*stored, problem.a, problem.b, problem.bias, *static, n, SCALE)
 
 
 @QUANTIZED
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_opcheck(p: float, quantized: bool) -> None:
     problem = Problem(5, 32, 96, 4, quantized=quantized)
-    arguments = op_arguments(problem, p, SEED if p else None)
-    torch.library.opcheck(_lora_linear.library, arguments)
+    seed = torch.tensor(SEED) if p else None
+    origin = (None, None, 0.0, 0.0, None)
+    arguments = (problem.x, *fields_of(problem), *origin, seed, p, "auto")
+    torch.library.opcheck(_lora_linear.op.library, arguments)
 
 
 @pytest.mark.parametrize(
     "needs", [[True] * 5, [False] * 5, [True, False, True, True, False]], ids=str
 )
+@pytest.mark.parametrize("rebuild", [False, True])
 @QUANTIZED
-def test_opcheck_of_the_backward(quantized: bool, needs: list[bool]) -> None:
+def test_opcheck_of_the_backward(quantized: bool, rebuild: bool, needs: list[bool]) -> None:
     problem = Problem(5, 32, 96, 4, quantized=quantized)
-    x, *stored_adapter = [
-        t.detach() if isinstance(t, Tensor) else t for t in op_arguments(problem, 0.5, 3)
-    ]
-    stored, (a, b, _, seed, fmt, block, _, scale, p, name) = stored_adapter[:2], stored_adapter[2:]
-    s = torch.randn(5, 4)
+    fields = [t.detach() if isinstance(t, Tensor) else t for t in fields_of(problem)]
+    x, s, seed = problem.x.detach(), torch.randn(5, 4), torch.tensor(3)
     needs = [need and not (quantized and i == 1) for i, need in enumerate(needs)]
-    arguments = (problem.dy, x, s, *stored, a, b, seed, fmt, block, scale, p, name, needs)
-    torch.library.opcheck(_lora_linear_backward.library, arguments)
+    origin = (torch.randn(96), rebuild, 1e-5, 0.0)
+    arguments = ([problem.dy], x, s, *origin, *fields, seed, 0.5, "auto", 96, needs)
+    torch.library.opcheck(_lora_linear.gradients.library, arguments)
 
 
 @QUANTIZED

@@ -30,7 +30,8 @@ ISA_FLAGS = {
     "avx512bf16": [*AVX512, "-mavx512bf16"],
 }  # by the end of a file's name
 
-PROGRAM = Path(__file__).with_name("native_sanitizers.cpp").read_text()
+# What runs the kernels, and how many of its checks there must be at least.
+PROGRAMS = {"": 5000, "_optim": 5000, "_layers": 5000}
 
 # A planted fault for each kernel that reads or writes a vector at a time: one element too few.
 OVERRUNS = {
@@ -41,6 +42,7 @@ OVERRUNS = {
     "output": "pyft_cpu_dequantize(&weight, &slab, heap<float>(63), 64, PYFT_F32, isa, 1)",
     "x": "pyft_cpu_qlinear(heap<float>(63), 1, 64, &weight, nullptr, heap<float>(1), 1, PYFT_F32, "
     "isa, 1)",
+    "gate": "pyft_cpu_glu(&glu, PYFT_F32, isa, 1)",
 }
 
 OVERRUN = r"""
@@ -54,7 +56,8 @@ int main() {
   const pyft_weight weight = {4, heap<uint8_t>(32), heap<float>(1), nullptr, nullptr, nullptr,
                               heap<float>(16), nullptr, 1, 64, 64};
   const pyft_slab slab = {0, 1, 0, 64};
-  (void)coding, (void)weight, (void)slab;
+  const pyft_glu glu = {1, 64, PYFT_SILU, heap<float>(63), nullptr, heap<float>(64), 64, 64, 64};
+  (void)coding, (void)weight, (void)slab, (void)glu;
   return CALL;
 }
 """
@@ -113,6 +116,7 @@ def compiler() -> list[str]:
         "-std=c++17",
         "-pthread",
         f"-I{CSRC}",
+        f"-I{Path(__file__).parent}",
         *sanitize,
     ]
 
@@ -126,24 +130,14 @@ def run(program: str, objects: list[str], folder: Path) -> subprocess.CompletedP
 
 
 @pytest.mark.slow
-def test_kernels_are_clean(objects: list[str], tmp_path: Path) -> None:
-    done = run(PROGRAM, objects, tmp_path)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_kernels_are_clean(name: str, objects: list[str], tmp_path: Path) -> None:
+    program = Path(__file__).with_name(f"native_sanitizers{name}.cpp").read_text()
+    done = run(program, objects, tmp_path)
     assert done.stderr == ""
     assert done.returncode == 0, done.stdout
     checks, failures = (int(word) for word in done.stdout.split() if word.isdigit())
-    assert checks > 5000
-    assert failures == 0
-
-
-@pytest.mark.slow
-def test_optimizers_are_clean(objects: list[str], tmp_path: Path) -> None:
-    done = run(
-        Path(__file__).with_name("native_sanitizers_optim.cpp").read_text(), objects, tmp_path
-    )
-    assert done.stderr == ""
-    assert done.returncode == 0, done.stdout
-    checks, failures = (int(word) for word in done.stdout.split() if word.isdigit())
-    assert checks > 5000
+    assert checks > PROGRAMS[name]
     assert failures == 0
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,15 @@ def test_every_architecture(name: str) -> None:
     linears = LAYERS * ARCHITECTURES[name].linears
     assert report.fused == linears
     assert sum(is_fused(module) for module in model.modules()) == linears
-    runs = {entry.runs for entry in report.modules if entry.runs.startswith("pyft")}
-    assert runs == {"pyft.lora_linear on cpu over float32"}
+    runs = Counter(entry.runs for entry in report.modules if entry.runs.startswith("pyft"))
+    expected = ARCHITECTURES[name]
+    assert runs == {
+        "pyft.lora_linear on cpu over float32": linears,
+        f"pyft.lora_mlp on cpu ({expected.activation})": LAYERS,
+        "pyft.rope (halves)": LAYERS,
+        "pyft.rms_norm on cpu": LAYERS * expected.norms + 1,
+        **({"pyft.lora_qkv on cpu": LAYERS} if expected.qkv else {}),
+    }
     assert all(entry.why == "" for entry in report.modules if entry.runs in runs)
     assert entries(report)["base_model.model.lm_head"].why == "no adapter on it"
     assert str(report).splitlines()[0].split(" x ")[0].strip() == str(linears)
@@ -108,7 +116,7 @@ def test_fused_over_nf4(name: str) -> None:
             other.weight = nn.Parameter(q.dequantize(), requires_grad=False)
     report, ids = pyft.apply(model), tokens()
     assert report.fused == LAYERS * ARCHITECTURES[name].linears
-    assert {e.runs for e in report.modules if "lora" in e.runs} == {
+    assert {e.runs for e in report.modules if "lora_linear" in e.runs} == {
         "pyft.lora_linear on cpu over nf4"
     }
     assert_steps_equal(step(model, ids), step(plain, ids))
@@ -128,8 +136,12 @@ def test_a_model_without_adapters() -> None:
     model = build_model("llama")
     report = pyft.apply(model)
     assert report.fused == 0
-    assert {(entry.runs, entry.why) for entry in report.modules} == {("Linear", "no adapter on it")}
-    assert len(report.modules) == LAYERS * 7 + 1
+    assert Counter((entry.runs, entry.why) for entry in report.modules) == {
+        ("Linear", "no adapter on it"): LAYERS * 7 + 1,
+        ("LlamaMLP", "no adapter on it"): LAYERS,
+        ("pyft.rope (halves)", ""): LAYERS,
+        ("pyft.rms_norm on cpu", ""): LAYERS * 2 + 1,
+    }
     assert "nothing to fuse" in str(pyft.apply(nn.Sequential(nn.ReLU())))
 
 
@@ -145,8 +157,8 @@ def differs_from_peft(model: PeftModel, ids: Tensor) -> float:
 
 VARIANTS: dict[str, tuple[dict[str, Any], int, str]] = {
     "rslora": ({"use_rslora": True}, 14, ""),
-    "dora": ({"use_dora": True}, 0, "adapter variant DoraLinearVariant"),
-    "lora_bias": ({"lora_bias": True}, 0, r"its adapter has a bias (lora_bias=True)"),
+    "dora": ({"use_dora": True}, 14, "DoRA: the result is scaled in a pass of its own"),
+    "lora_bias": ({"lora_bias": True}, 14, ""),
     "alpha_pattern": ({"alpha_pattern": {"q_proj": 64}, "rank_pattern": {"k_proj": 7}}, 14, ""),
     "dropout": ({"lora_dropout": 0.5}, 14, ""),
     "some layers": ({"target_modules": ["q_proj", "v_proj"]}, 4, ""),
@@ -170,8 +182,8 @@ def test_variants(variant: str) -> None:
     before = step(model, ids)
     report = pyft.apply(model)
     assert report.fused == fused
-    whys = {entry.why for entry in report.modules if entry.why != "no adapter on it"}
-    assert whys - {""} == ({why} if why else set())
+    whys = {e.why for e in report.modules if "Linear" in e.runs or "linear on" in e.runs}
+    assert whys - {"", "no adapter on it"} == ({why} if why else set())
     assert_steps_equal(step(model, ids), before)
     assert differs_from_peft(model, ids) < 1e-4
 
@@ -184,8 +196,8 @@ def test_gpt2_is_left_with_a_reason_and_runs() -> None:
     left = [entry for entry in report.modules if entry.runs.startswith("PEFT")]
     assert len(left) == 8
     assert {entry.why for entry in left} == {"its base layer is Conv1D, not torch.nn.Linear"}
-    after = step(model, ids)
-    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert_steps_equal(step(model, ids), before)
+    assert {e.runs for e in report.modules if "ln_" in e.module} == {"pyft.layer_norm on cpu"}
 
 
 def test_a_subclass_of_linear_is_left() -> None:
@@ -232,7 +244,9 @@ def test_merge_and_unmerge() -> None:
 def test_unload() -> None:
     model, ids = adapted(), tokens()
     pyft.apply(model)
-    assert torch.equal(logits(model.unload(), ids), logits(build_model("llama"), ids))
+    base = model.unload()
+    pyft.revert(base)
+    assert torch.equal(logits(base, ids), logits(build_model("llama"), ids))
 
 
 def test_several_adapters() -> None:
@@ -250,10 +264,8 @@ def test_several_adapters() -> None:
         torch.testing.assert_close(logits(model, ids), expected[active], atol=1e-4, rtol=1e-4)
     model.base_model.set_adapter(["default", "second"])
     report = pyft.apply(model)
-    assert "while several adapters are active PEFT's forward runs" in {
-        e.why for e in report.modules
-    }
-    assert differs_from_peft(model, ids) < 1e-6
+    assert report.fused == LAYERS * 7
+    assert differs_from_peft(model, ids) < 1e-5
     model.delete_adapter("second")
     model.set_adapter("default")
     torch.testing.assert_close(logits(model, ids), expected["default"], atol=1e-4, rtol=1e-4)
@@ -280,7 +292,7 @@ def test_mixed_adapters_in_one_batch() -> None:
         expected = model(input_ids=ids, adapter_names=names).logits
         pyft.apply(model)
         found = model(input_ids=ids, adapter_names=names).logits
-    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected)
 
 
 def calls_of(module: nn.Module) -> list[str]:

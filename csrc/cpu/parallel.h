@@ -26,3 +26,10 @@ void parallel_for(int64_t n, int64_t grain, int threads, const Body& body) {
     body(grains * part / parts * grain, std::min(n, grains * (part + 1) / parts * grain));
   });
 }
+
+// Calls body(begin, end) on parts of `rows` rows of `cols` elements each, where every element costs a few operations:
+// with fewer than 32768 of them a thread costs more than it brings.
+template <class Body>
+void parallel_rows(int64_t rows, int64_t cols, int threads, const Body& body) {
+  parallel_for(rows, std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, cols)), threads, body);
+}

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "convert.h"
+#include "vectors.h"
 
 namespace {
 
@@ -37,5 +37,26 @@ void store8(typename Dtype<D>::type* out, __m256 x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(packed));
   }
 }
+
+struct Lanes8 : PlainLanes<Lanes8> {
+  static constexpr int kLanes = 8;
+  using Floats = __m256;
+  using Ints = int32_t __attribute__((vector_size(32)));
+
+  template <pyft_dtype D>
+  static Floats load(const typename Dtype<D>::type* x) {
+    return load8<D>(x);
+  }
+  template <pyft_dtype D>
+  static void store(typename Dtype<D>::type* out, Floats x) {
+    store8<D>(out, x);
+  }
+  static Floats splat(float x) { return _mm256_set1_ps(x); }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  static Floats clamp(Floats x, float least, float most) {
+    return _mm256_max_ps(splat(least), _mm256_min_ps(splat(most), x));  // of NaN and a number the second
+  }
+  static Floats swap_pairs(Floats x) { return _mm256_permute_ps(x, 0xB1); }
+};
 
 }  // namespace

@@ -1,29 +1,42 @@
-"""apply and revert: LoRA linears of a loaded PEFT model run pyft's ops, in place, and back.
+"""apply and revert: a loaded model's linears, norms, rotary embeddings and MLPs run pyft's ops, in
+place, and back.
 
-A PEFT layer is fused by giving the module a subclass of its own class whose forward calls
-``pyft.lora_linear``; every parameter, hook and method stays PEFT's, so saving, merging, switching
-and disabling adapters work as before. What a layer is asked to do that the op does not (several
-active adapters, a DoRA variant, a merged adapter) goes to PEFT's forward.
+What a module is, is found by its structure and by what it computes, never by the model's name; a
+module that is something else is left as it is, and the report says why.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from pyft.backend import select
-from pyft.integrations import bitsandbytes
-from pyft.ops.lora_linear import lora_linear
+from pyft.integrations.fused import fuse, plain_class, unfuse
+from pyft.integrations.linears import (
+    FusedLinear,
+    Group,
+    GroupedLinear,
+    obstacle,
+    weight_of,
+)
+from pyft.integrations.mlps import FusedMLP, gated_mlp
+from pyft.integrations.norms import (
+    FusedNorm,
+    FusedRotary,
+    kind_of_norm,
+    rotary_of,
+    style_of_rotary,
+)
 from pyft.quantized import QuantizedTensor
 
 # Where torch's DistributedDataParallel looks for parameters to leave alone.
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
-_BITSANDBYTES = ("Linear4bit", "Linear8bitLt")  # PEFT's classes over bitsandbytes' linears
+# What attention modules call the linears that they call with one tensor.
+_QKV = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("wq", "wk", "wv"))
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class Applied:
 
 @dataclass(frozen=True)
 class ApplyReport:
-    """What ``pyft.apply`` did to each linear of a model."""
+    """What ``pyft.apply`` did to each linear, norm, rotary embedding and gated MLP of a model."""
 
     modules: tuple[Applied, ...]
 
@@ -56,41 +69,27 @@ class ApplyReport:
         )
 
 
-def apply(model: nn.Module) -> ApplyReport:
-    """Make the LoRA linears of a loaded model run ``pyft.lora_linear``, in place.
+def apply(model: nn.Module, recompute_mlp: bool = False) -> ApplyReport:
+    """Make a loaded model run pyft's fused ops, in place.
+
+    LoRA linears run ``pyft.lora_linear``, q, k and v of one attention ``pyft.lora_qkv``, gated MLPs
+    ``pyft.lora_mlp``, norms ``pyft.rms_norm`` or ``pyft.layer_norm``, rotary embeddings
+    ``pyft.rope``; each where it computes what the module did.
 
     Args:
-        model: a PEFT model, or any module that contains PEFT LoRA layers, with plain, pyft-
-            quantized or bitsandbytes weights. Calling it again changes nothing.
+        model: a PEFT model, or any module, with plain, pyft-quantized or bitsandbytes weights.
+            Calling it again looks at the model anew.
+        recompute_mlp: let gated MLPs multiply gate and up again in the backward instead of keeping
+            them: less memory for a third more of their matmuls.
 
     Returns:
-        For each linear of the model what it runs now, or why it was left.
+        For each of these modules what it runs now, or why it was left.
 
-    The adapter is computed in its input's dtype: PEFT's default, fp32 adapters on a bf16 base, is
+    An adapter is computed in its input's dtype: PEFT's default, fp32 adapters on a bf16 base, is
     cast to bf16 for the product, while the parameters and their gradients stay fp32.
     """
-    entries = []
-    inside = {
-        f"{name}.base_layer"
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
-    adapters = {
-        f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer)
-    }
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            entries.append(_apply_layer(name, module))
-        elif (
-            isinstance(module, nn.Linear)
-            and name not in inside
-            and not name.startswith(tuple(adapters) or "\0")
-        ):
-            weight = module.weight
-            runs = type(module).__name__
-            if isinstance(weight, QuantizedTensor):
-                runs = f"pyft.lora_linear over {weight.format.name}"
-            entries.append(Applied(name, runs, "no adapter on it"))
+    entries = [*_linears(model), *_attentions(model), *_mlps(model, recompute_mlp), *_norms(model)]
+    entries += _experts(model)
     frozen = _quantized_names(model)
     if frozen:  # DistributedDataParallel would broadcast them, which writes
         model.__dict__[_DDP_IGNORES] = frozen
@@ -100,141 +99,174 @@ def apply(model: nn.Module) -> ApplyReport:
 def revert(model: nn.Module) -> None:
     """Give every module ``apply`` changed its own class back; nothing else was ever touched."""
     for module in model.modules():
-        if isinstance(module, _Fused):
-            module.__class__ = type(module).plain
+        unfuse(module)
     if model.__dict__.get(_DDP_IGNORES) == _quantized_names(model):
         del model.__dict__[_DDP_IGNORES]
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether this is a LoRA linear that ``apply`` has changed."""
+    return isinstance(module, FusedLinear)
+
+
+def _linears(model: nn.Module) -> Iterator[Applied]:
+    inside = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield _linear(name, module)
+        elif isinstance(module, nn.Linear) and not name.startswith(inside or "\0"):
+            weight = module.weight
+            runs = plain_class(module).__name__
+            if isinstance(weight, QuantizedTensor):
+                runs = f"pyft.lora_linear over {weight.format.name}"
+            yield Applied(name, runs, "no adapter on it")
+
+
+def _linear(name: str, layer: LoraLayer) -> Applied:
+    reason = obstacle(layer)
+    if reason is not None:
+        unfuse(layer)
+        return Applied(name, f"PEFT {plain_class(layer).__name__}", reason)
+    fuse(layer, FusedLinear)
+    weight = weight_of(layer)
+    return Applied(
+        name, f"pyft.lora_linear on {select('lora_linear', weight.device)} over {_kind(weight)}",
+        _slower(layer, weight),
+    )  # fmt: skip
+
+
+def _kind(weight: torch.Tensor) -> str:
+    if isinstance(weight, QuantizedTensor):
+        return weight.format.name
+    return str(weight.dtype).removeprefix("torch.")
+
+
+def _slower(layer: Any, weight: torch.Tensor) -> str:
+    """Why a fused layer does not run at its fastest; "" when it does."""
+    drops = any(isinstance(drop, nn.Dropout) and drop.p > 0 for drop in layer.lora_dropout.values())
+    if layer.lora_variant:
+        if drops or len(layer.active_adapters) > 1:
+            return "with DoRA, dropout or several adapters run PEFT's forward"
+        return "DoRA: the result is scaled in a pass of its own"
+    if len(layer.active_adapters) > 1 and drops:
+        return "while several adapters with dropout are active PEFT's forward runs"
+    if drops and select("dropout", weight.device) == "reference":
+        return "its dropout has no kernel on this device and runs the reference"
+    return ""
+
+
+def _attentions(model: nn.Module) -> Iterator[Applied]:
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        names = next((names for names in _QKV if set(names) <= children.keys()), None)
+        if names is not None:
+            entry = _group(f"{name}.{'+'.join(names)}", [children[child] for child in names])
+            if entry is not None:
+                yield entry
+        function = rotary_of(module)
+        if function is not None:
+            style = style_of_rotary(function)
+            if style is None:
+                why = f"{function.__module__}.{function.__name__} computes something else"
+                yield Applied(name, f"the rotary embedding of {plain_class(module).__name__}", why)
+            else:
+                fuse(module, FusedRotary)
+                pairs = "interleaved" if style.interleaved else "halves"
+                yield Applied(f"{name} rotary embedding", f"pyft.rope ({pairs})")
+
+
+def _group(name: str, layers: list[Any]) -> Applied | None:
+    """Make q, k and v one; None where there is nothing to fuse."""
+    adapters = [layer for layer in layers if is_fused(layer)]
+    for layer in layers:
+        if is_fused(layer):
+            fuse(layer, FusedLinear, group=None)
+        else:
+            unfuse(layer)
+    if not adapters:
+        return None
+    why = _apart(layers, adapters)
+    if why:
+        return Applied(name, "one linear each", why)
+    group = Group(layers)
+    for layer in layers:
+        fuse(layer, FusedLinear if is_fused(layer) else GroupedLinear, group=group)
+    return Applied(name, f"pyft.lora_qkv on {select('lora_qkv', weight_of(adapters[0]).device)}")
+
+
+def _apart(layers: list[Any], adapters: list[Any]) -> str:
+    """Why q, k and v cannot be one; "" when they can."""
+    if any(not is_fused(layer) and plain_class(layer) is not nn.Linear for layer in layers):
+        return "not each of them is a linear that can be fused"
+    if any(layer.lora_variant for layer in adapters):
+        return "DoRA scales each of them"
+    if len({layer.in_features for layer in layers}) > 1:
+        return "their inputs differ"
+    return ""
+
+
+def _mlps(model: nn.Module, recompute: bool) -> Iterator[Applied]:
+    for name, module in model.named_modules():
+        gated = gated_mlp(module)
+        if gated is None:
+            continue
+        linears = [getattr(module, child) for child in gated[:3] if child is not None]
+        adapters = [linear for linear in linears if isinstance(linear, LoraLayer)]
+        if any(obstacle(layer) is not None or layer.lora_variant for layer in adapters):
+            why = "an adapter on it is not a fused LoRA linear, or is DoRA's"
+            yield Applied(name, plain_class(module).__name__, why)
+            continue
+        if not adapters and not any(isinstance(m.weight, QuantizedTensor) for m in linears):
+            yield Applied(name, plain_class(module).__name__, "no adapter on it")
+            continue
+        fuse(module, FusedMLP, gated=gated, recompute=recompute)
+        device = (weight_of(adapters[0]) if adapters else linears[0].weight).device
+        yield Applied(name, f"pyft.lora_mlp on {select('lora_mlp', device)} ({gated.activation})")
+
+
+def _norms(model: nn.Module) -> Iterator[Applied]:
+    tails = _tails(model)
+    for name, module in model.named_modules():
+        kind = kind_of_norm(module)
+        if kind is None:
+            if _seems_norm(module):
+                why = "it computes something else than RMSNorm or LayerNorm"
+                yield Applied(name, plain_class(module).__name__, why)
+            continue
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        op = "layer_norm" if kind == "layer" else "rms_norm"
+        fuse(module, FusedNorm, kind=kind, tail=tails.get(weight.shape[0], 0))
+        yield Applied(name, f"pyft.{op} on {select('norm', weight.device)}")
+
+
+def _seems_norm(module: nn.Module) -> bool:
+    return "Norm" in plain_class(module).__name__ and next(module.children(), None) is None
+
+
+def _tails(model: nn.Module) -> dict[int, int]:
+    """Features of a norm's output -> the most ranks that linears of one module put beside it."""
+    found: dict[int, int] = {}
+    for module in model.modules():
+        ranks: Counter[int] = Counter()
+        for layer in module.children():
+            if is_fused(layer) and isinstance(weight_of(layer), QuantizedTensor):  # type: ignore[arg-type]
+                active: Any = layer
+                names = [name for name in active.active_adapters if name in active.lora_A]
+                ranks[active.in_features] += sum(active.r[name] for name in names)
+        for features, rank in ranks.items():
+            found[features] = max(found.get(features, 0), rank)
+    return found
+
+
+def _experts(model: nn.Module) -> Iterator[Applied]:
+    for name, module in model.named_modules():
+        if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+            why = "experts in one parameter are not fused"
+            yield Applied(name, plain_class(module).__name__, why)
 
 
 def _quantized_names(model: nn.Module) -> list[str]:
     parameters = model.named_parameters()
     return [name for name, weight in parameters if isinstance(weight, QuantizedTensor)]
-
-
-def _apply_layer(name: str, layer: LoraLayer) -> Applied:
-    reason = _obstacle(layer)
-    if reason is not None:
-        return Applied(name, f"PEFT {type(layer).__name__}", reason)
-    if not isinstance(layer, _Fused):
-        plain: Any = type(layer)
-        layer.__class__ = _fused_class(plain)
-    weight = _weight(layer)
-    kind = (
-        weight.format.name
-        if isinstance(weight, QuantizedTensor)
-        else str(weight.dtype).removeprefix("torch.")
-    )
-    why = ""
-    if len(layer.active_adapters) > 1:
-        why = "while several adapters are active PEFT's forward runs"
-    elif select("dropout", weight.device) == "reference" and _drops(layer):
-        why = "its dropout has no kernel on this device and runs the reference"
-    return Applied(
-        name, f"pyft.lora_linear on {select('lora_linear', weight.device)} over {kind}", why
-    )
-
-
-def _obstacle(layer: LoraLayer) -> str | None:
-    """Why this layer cannot be fused at all, or None when it can."""
-    plain = type(layer).plain if isinstance(layer, _Fused) else type(layer)
-    if plain is not LoraLinear and plain.__name__ not in _BITSANDBYTES:
-        return f"{plain.__module__}.{plain.__name__} is not a LoRA linear"
-    base = layer.get_base_layer()
-    if plain is LoraLinear and type(base) is not nn.Linear:
-        return f"its base layer is {type(base).__name__}, not torch.nn.Linear"
-    if getattr(base, "parametrizations", None):
-        return "its base layer is parametrized"
-    if base.weight.device.type == "meta":
-        return "its weight is offloaded"
-    if layer.lora_variant:
-        return f"adapter variant {type(next(iter(layer.lora_variant.values()))).__name__}"
-    if any(b.bias is not None for b in layer.lora_B.values()):
-        return "its adapter has a bias (lora_bias=True)"
-    if any(_hooked(module) for module in (base, *layer.lora_A.values(), *layer.lora_B.values())):
-        return "forward hooks on its parts would not run"
-    if plain.__name__ in _BITSANDBYTES:
-        return bitsandbytes.obstacle(base)
-    if not base.weight.is_floating_point() or base.weight.dtype.itemsize < 2:
-        return f"its weight is {base.weight.dtype}"
-    return None
-
-
-def _drops(layer: LoraLayer) -> bool:
-    return any(isinstance(drop, nn.Dropout) and drop.p > 0 for drop in layer.lora_dropout.values())
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
-def _weight(layer: LoraLayer) -> Tensor:
-    base = layer.get_base_layer()
-    return bitsandbytes.as_quantized(base) if bitsandbytes.holds(base) else base.weight
-
-
-class _Fused:
-    """The forward of a fused layer; mixed in before the layer's own class, kept in ``plain``."""
-
-    plain: type
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer: Any = self
-        adapters = [name for name in layer.active_adapters if name in layer.lora_A]
-        if (
-            args
-            or kwargs
-            or layer.disable_adapters
-            or layer.merged
-            or len(adapters) != 1
-            or layer.lora_variant
-        ):
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
-        name = adapters[0]
-        base, lora_a, lora_b = layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name]
-        # What may have changed since apply: an adapter with a bias, hooks, a weight bitsandbytes
-        # has repacked.
-        changed = lora_b.bias is not None or any(_hooked(part) for part in (base, lora_a, lora_b))
-        theirs = bitsandbytes.holds(base)
-        if changed or (theirs and bitsandbytes.obstacle(base)):
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
-        weight = _weight(layer)
-        dtype = _compute_dtype(layer, x, weight)
-        if dtype is None:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
-        dropout = layer.lora_dropout[name]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and layer.training else 0.0
-        scale = layer.scaling[name]
-        y = lora_linear(x.to(dtype), weight, lora_a.weight, lora_b.weight, scale, base.bias, p)
-        # Under autocast torch.nn.Linear answers in autocast's dtype, bitsandbytes' in its input's.
-        in_autocast = torch.is_autocast_enabled(x.device.type)
-        return y if in_autocast and not theirs else y.to(x.dtype)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled by the name of the layer's own class: the fused one is made where it is read."""
-        reduced: Any = super().__reduce_ex__(protocol)
-        return (_new_fused, (type(self).plain,), *reduced[2:])
-
-
-def _compute_dtype(layer: Any, x: Tensor, weight: Tensor) -> torch.dtype | None:
-    """The dtype the linear runs in; None where PEFT's forward has to say what is wrong."""
-    base_dtype = getattr(
-        layer.get_base_layer(), "compute_dtype", None
-    )  # bitsandbytes: None means the input's
-    if isinstance(weight, QuantizedTensor) or torch.is_autocast_enabled(x.device.type):
-        return base_dtype or x.dtype
-    return x.dtype if x.dtype == weight.dtype else None
-
-
-def _new_fused(plain: type) -> Any:
-    fused: Any = _fused_class(plain)
-    return fused.__new__(fused)
-
-
-@cache
-def _fused_class(plain: type) -> type:
-    return type(f"Fused{plain.__name__}", (_Fused, plain), {"plain": plain, "__module__": __name__})
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether ``apply`` has changed this module."""
-    return isinstance(module, _Fused)

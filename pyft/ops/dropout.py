@@ -3,7 +3,7 @@
 The mask is never stored: the backward and a recomputation draw it again from the seed.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,17 @@ def apply_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     kernels = implementation("dropout", name)
     kernels.dropout(x.contiguous(), int(seed), reference.threshold(p), 1.0 / (1.0 - p), out)
     return out
+
+
+class Dropout(NamedTuple):
+    """Dropout as fused ops pass it on; no seed: none."""
+
+    seed: Tensor | None
+    p: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x dropped."""
+        return x if self.seed is None else apply_dropout(x, self.p, self.seed)
 
 
 def _forward(x: Tensor, p: float, seed: Tensor, name: str) -> Tensor:

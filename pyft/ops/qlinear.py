@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyft.backend import backend, device_guard, implementation, select
 from pyft.formats import FORMATS
+from pyft.ops.lora_matmul import LowRank, Wide, product
 from pyft.ops.quantize import DTYPES, decode_tables, dequantize_slab
 from pyft.quantized import columns_of, named_parts
 from pyft.scratch import Slab, decoded, slabs
@@ -41,48 +42,76 @@ class Stored:
     block_size: int
     shape: tuple[int, int]
 
-    def slab(self, slab: Slab, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
-        """A context with rows slab[0] to slab[1], columns slab[2] to slab[3] decoded."""
+    def slab(self, slab: Slab, dtype: torch.dtype, tail: int = 0) -> AbstractContextManager[Tensor]:
+        """A context with rows slab[0] to slab[1], columns slab[2] to slab[3] decoded, and ``tail``
+        columns to write to beside them.
+        """
 
         def decode(out: Tensor) -> None:
             arguments = (self.parts, FORMATS[self.format], self.block_size, self.shape)
             dequantize_slab(*arguments, slab, out)
 
-        return decoded(self.parts, (self.format, self.block_size, slab), dtype, decode)
+        return decoded(self.parts, (self.format, self.block_size, slab), dtype, decode, tail)
 
 
-def forward(x: Tensor, w: Stored, bias: Tensor | None, name: str) -> Tensor:
-    """x Wᵀ + bias; x [M, K] in any floating dtype, bias [N] of x's dtype or None."""
+def forward(
+    x: Tensor,
+    w: Stored,
+    bias: Tensor | None,
+    name: str,
+    low: LowRank | None = None,
+    wide: Wide | None = None,
+) -> Tensor:
+    """x Wᵀ + bias + the low-rank product; x [M, K] in any floating dtype, bias [N] of x's dtype or
+    None. ``wide`` holds x and the adapter's input side by side: one matmul does it all.
+    """
     rows, cols = w.shape
     columns = columns_of(w.parts)
-    if columns is not None:
-        x = x.index_select(1, columns)
     y = x.new_empty(x.shape[0], rows)
+    dtype = _decoded_dtype(x)
     with backend(name):
         chosen = select("qlinear", x.device)
         if x.shape[0] <= FUSED_ROWS[chosen].get(x.dtype, 0):
-            _fused(x, w, bias, chosen, y)
+            _fused(x if columns is None else x.index_select(1, columns), w, bias, chosen, y)
+            if low is not None:
+                low.add_to(y)
             return y
-        for begin, end in slabs(rows, cols, _decoded_dtype(x)):
-            with w.slab((begin, end, 0, cols), _decoded_dtype(x)) as part:
-                to, weight = y[:, begin:end], part.to(x.dtype).t()
-                if bias is None:
-                    torch.mm(x, weight, out=to)
+        if low is None or columns is not None or dtype != x.dtype:
+            wide = None
+        x = x if columns is None else x.index_select(1, columns)
+        for begin, end in slabs(rows, cols, dtype):
+            to, part_bias = y[:, begin:end], None if bias is None else bias[begin:end]
+            part_low = None if low is None else low.columns(begin, end)
+            with w.slab((begin, end, 0, cols), dtype, 0 if wide is None else wide.tail) as part:
+                if wide is not None and part_low is not None:
+                    wide.fill(part, part_low)
+                    product(wide.buffer, part.t(), None, part_bias, to)
                 else:
-                    torch.addmm(bias[begin:end], x, weight, out=to)
+                    product(x, part.to(x.dtype).t(), part_low, part_bias, to)
     return y
 
 
-def input_gradient(dy: Tensor, w: Stored, name: str) -> Tensor:
-    """dY W; dY [M, N] in any floating dtype."""
+def input_gradient(
+    dy: Tensor, w: Stored, name: str, low: LowRank | None = None, into: Tensor | None = None
+) -> Tensor:
+    """dY W + the low-rank product, added to ``into`` where it is given; dY [M, N] in any floating
+    dtype.
+    """
     rows, cols = w.shape
-    dx = dy.new_empty(dy.shape[0], cols)
+    columns = columns_of(w.parts)
+    dx = dy.new_empty(dy.shape[0], cols) if into is None or columns is not None else into
     with backend(name):
         for begin, end in slabs(cols, rows, _decoded_dtype(dy)):
+            part_low = None if low is None or columns is not None else low.columns(begin, end)
             with w.slab((0, rows, begin, end), _decoded_dtype(dy)) as part:
-                torch.mm(dy, part.to(dy.dtype), out=dx[:, begin:end])
-    columns = columns_of(w.parts)
-    return dx if columns is None else dx.index_select(1, columns.argsort())
+                weight, to = part.to(dy.dtype), dx[:, begin:end]
+                product(dy, weight, part_low, None, to, accumulate=dx is into)
+    if columns is None:
+        return dx
+    dx = dx.index_select(1, columns.argsort())
+    if low is not None:
+        low.add_to(dx)
+    return dx if into is None else into.add_(dx)
 
 
 def scratch_shape(rows: int, cols: int, dtype: torch.dtype) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""What several ops are built of: projections with adapters, the fused op over a group of them."""
