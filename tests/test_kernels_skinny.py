@@ -21,8 +21,7 @@ from pyft.reference.dropout import dropout, threshold
 SEED, SCALE = 2**35 + 3, 0.6
 CONFIGS = {
     "default": {},
-    "one part": {"block_m": 32, "block_k": 32, "programs": 1},
-    "parts": {"block_m": 32, "block_k": 16, "block_r": 16, "programs": 12},
+    "small": {"block_m": 32, "block_k": 32, "block_r": 16, "programs": 12},
 }
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from norm_cases import CASES, check
-from quantize_truth import ISAS
-from stored_weights import CPU
+from quantize_truth import ISAS, same
+from stored_weights import CPU, DTYPES
 from torch import Tensor
 
 from pyft import native
@@ -15,6 +15,22 @@ from pyft import native
 def test_error_rule(monkeypatch: pytest.MonkeyPatch, name: str, isa: str) -> None:
     monkeypatch.setenv("PYFT_CPU_ISA", isa)
     assert check(CASES[name], native, CPU) == ""  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_pattern_is_added_and_rounded_once(
+    monkeypatch: pytest.MonkeyPatch, isa: str, dtype: str
+) -> None:
+    """All 16-bit numbers, subnormal ones, infinities and NaN among them, plus random ones."""
+    monkeypatch.setenv("PYFT_CPU_ISA", isa)
+    x = torch.arange(2**16).to(torch.int16).view(DTYPES[dtype]).view(256, 256)
+    for small in (False, True):
+        residual = torch.randint(0, 2**16, (256, 256)).to(torch.int16)
+        residual = (residual & (0xFF if small else -1)).view(x.dtype)
+        y, h, rstd = torch.empty_like(x), torch.empty_like(x), torch.empty(256)
+        native.norm(x, residual, None, None, 1e-6, 0.0, False, y, h, None, rstd)
+        assert same(h, x + residual)
 
 
 def both_ways(parts: int) -> list[Tensor]:

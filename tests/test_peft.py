@@ -182,7 +182,7 @@ def test_variants(variant: str) -> None:
     before = step(model, ids)
     report = pyft.apply(model)
     assert report.fused == fused
-    whys = {e.why for e in report.modules if "Linear" in e.runs or "linear on" in e.runs}
+    whys = {e.why for e in report.modules if "lora_linear" in e.runs or "PEFT" in e.runs}
     assert whys - {"", "no adapter on it"} == ({why} if why else set())
     assert_steps_equal(step(model, ids), before)
     assert differs_from_peft(model, ids) < 1e-4

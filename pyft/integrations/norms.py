@@ -83,7 +83,8 @@ class FusedNorm(Fused):
             return found
         eps = _eps(module) or 0.0
         if kind == "layer":
-            return layer_norm(x, weight, module.bias, eps)  # type: ignore[return-value]
+            bias = getattr(module, "bias", None)
+            return layer_norm(x, weight, bias, eps)  # type: ignore[return-value]
         offset = 1.0 if kind == "rms around 0" else 0.0
         noting = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         tail = tail if noting else 0
