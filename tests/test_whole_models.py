@@ -245,7 +245,9 @@ def test_autocast() -> None:
         return float((found[name].float() - exact[name]).norm())
 
     assert fused["logits"].dtype == stock["logits"].dtype
-    assert all(error(fused, name) <= 1.1 * error(stock, name) for name in exact)
+    ratios = [error(fused, name) / error(stock, name) for name in exact]
+    assert sum(ratios) / len(ratios) <= 1.02
+    assert max(ratios) <= 1.3
 
 
 def test_compiled() -> None:

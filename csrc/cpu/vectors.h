@@ -5,6 +5,7 @@
 //   load_some<D>, store_some<D>  the first `count` < kLanes; the other lanes are 0
 //   splat, fma, scale            fma: rounded once where the instruction set can; scale(x, n): x 2^n, n whole
 //   clamp                        between two bounds; NaN stays
+//   split                        into a whole number and the rest, |rest| <= 1/2; 2^whole is right, however large it is
 //   swap_pairs                   lanes 1, 0, 3, 2, ...
 #pragma once
 
@@ -109,7 +110,14 @@ auto* row_of(Void* matrix, int64_t r, int64_t stride) {
   }
 }
 
-// Loads and stores of the first lanes through memory, and x 2^n by two factors (2^n itself may be out of range).
+// A number in two parts.
+template <class V>
+struct Parts {
+  typename V::Floats whole, rest;
+};
+
+// What instruction sets without an instruction for it have: loads and stores of the first lanes through memory, x 2^n
+// by two factors (2^n itself may be out of range), whole numbers by addition.
 template <class V>
 struct PlainLanes {
   template <pyft_dtype D>
@@ -126,11 +134,19 @@ struct PlainLanes {
     memcpy(out, values, sizeof *out * static_cast<size_t>(count));
   }
 
+  static constexpr float kShift = 12582912.0f;  // 1.5 2^23: what is added to it is rounded to its last bits, n
+
+  template <class Floats>
+  static Parts<V> split(Floats x) {
+    x = V::clamp(x, -160.0f, 160.0f);
+    const Floats whole = (x + kShift) - kShift;
+    return {whole, x - whole};
+  }
+
   template <class Floats>
   static Floats scale(Floats x, Floats n) {
     using Ints = typename V::Ints;
-    const float shift = 12582912.0f;  // 1.5 2^23: the sum's last bits are n
-    const Ints whole = (Ints)(n + shift) - (Ints)V::splat(shift), half = whole >> 1;
+    const Ints whole = (Ints)(n + kShift) - (Ints)V::splat(kShift), half = whole >> 1;
     return x * (Floats)((half + 127) << 23) * (Floats)((whole - half + 127) << 23);
   }
 };

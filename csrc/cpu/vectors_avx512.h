@@ -76,6 +76,10 @@ struct Lanes16 {
   static Floats splat(float x) { return _mm512_set1_ps(x); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats scale(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
+  static Parts<Lanes16> split(Floats x) {
+    const Floats rest = _mm512_reduce_ps(x, _MM_FROUND_NO_EXC);  // 0 of infinity
+    return {x - rest, rest};
+  }
   static Floats clamp(Floats x, float least, float most) {
     return _mm512_max_ps(splat(least), _mm512_min_ps(splat(most), x));  // of NaN and a number the second
   }

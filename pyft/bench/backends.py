@@ -59,12 +59,18 @@ def _inside(name: str, function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def gradients(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor
+    function: Callable[..., Any], inputs: Sequence[Tensor], dy: Tensor | Sequence[Tensor]
 ) -> dict[str, Callable[[], Call]]:
-    """Forward, backward and both as calls; the backward alone runs over a graph it keeps."""
+    """Forward, backward and both as calls; the backward alone runs over a graph it keeps.
+
+    ``function`` returns one tensor or several, ``dy`` are the gradients of them.
+    """
 
     def forward() -> Call:
-        return Call(lambda: function(*inputs), lambda: [function(*inputs).detach()])
+        return Call(lambda: function(*inputs), lambda: detached(function(*inputs)))
+
+    def detached(y: Any) -> list[Tensor]:
+        return [part.detach() for part in ((y,) if isinstance(y, Tensor) else y)]
 
     def backward() -> Call:
         y = function(*inputs)
@@ -73,7 +79,7 @@ def gradients(
     def both() -> Call:
         def outputs() -> list[Tensor]:
             y = function(*inputs)
-            return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+            return [*detached(y), *torch.autograd.grad(y, inputs, dy)]
 
         return Call(lambda: torch.autograd.grad(function(*inputs), inputs, dy), outputs)
 

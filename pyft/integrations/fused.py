@@ -8,7 +8,8 @@ buffers and methods stay the module's own.
 from functools import cache
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 NOTES = "_pyft"
 
@@ -55,6 +56,21 @@ def fused_class(mixin: Any, plain: Any) -> Any:
 def _new(mixin: Any, plain: Any) -> Any:
     fused = fused_class(mixin, plain)
     return fused.__new__(fused)
+
+
+def answer_of_double(module: nn.Module, x: Tensor, **parts: dict[str, Any]) -> Tensor | None:
+    """What the module's own forward makes of x with other children or parameters; None where it
+    makes no tensor of it.
+    """
+    plain: Any = plain_class(module)
+    double = plain.__new__(plain)
+    double.__dict__ = {**module.__dict__, **parts}
+    try:
+        with torch.no_grad():
+            found = plain.forward(double, x)
+    except Exception:  # whatever a module of another kind makes of it
+        return None
+    return found if isinstance(found, Tensor) else None
 
 
 def hooked(module: nn.Module) -> bool:

@@ -12,12 +12,11 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from pyft.integrations.fused import Fused, hooked, plain_class
+from pyft.integrations.fused import Fused, answer_of_double, hooked
 from pyft.integrations.linears import adapted
 from pyft.integrations.norms import norm_input_of
-from pyft.ops.glu import ACTIVATIONS
+from pyft.ops import glu
 from pyft.ops.lora_mlp import lora_mlp
-from pyft.reference.glu import glu
 
 _ROWS, _WIDTH = 3, 6
 
@@ -47,8 +46,7 @@ class _StandIn(nn.Module):
 
 def gated_mlp(module: nn.Module) -> Gated | None:
     """What a module is, if it is a gated MLP of linears and nothing else."""
-    children = dict(module.named_children())
-    linears = [name for name, child in children.items() if _is_linear(child)]
+    linears = [name for name, child in module.named_children() if _is_linear(child)]
     if len(linears) not in (2, 3) or next(module.parameters(recurse=False), None) is not None:
         return None
     generator = torch.Generator().manual_seed(0)
@@ -56,30 +54,19 @@ def gated_mlp(module: nn.Module) -> Gated | None:
     for names in permutations(linears):
         answers = [gate, up] if len(names) == 3 else [torch.cat((gate, up), -1)]
         stand_ins = [_StandIn(answer) for answer in [*answers, None]]
-        found = _run(module, dict(zip(names, stand_ins, strict=True)), x)
+        children = {**module._modules, **dict(zip(names, stand_ins, strict=True))}
+        found = answer_of_double(module, x, _modules=children)
         given = stand_ins[-1].given
         if found is None or given is None or not torch.equal(found, given):
             continue
         if given.shape != gate.shape or any(s.given is not x for s in stand_ins[:-1]):
             continue
-        for activation in ACTIVATIONS:
-            if torch.allclose(given, glu(gate, up, activation), rtol=1e-5, atol=1e-6):
+        for activation in glu.ACTIVATIONS:
+            wanted = glu.forward(gate, up, activation, "auto")
+            if torch.allclose(given, wanted, rtol=1e-5, atol=1e-6):
                 second = names[1] if len(names) == 3 else None
                 return Gated(names[0], second, names[-1], activation)
     return None
-
-
-def _run(module: nn.Module, stand_ins: dict[str, nn.Module], x: Tensor) -> Tensor | None:
-    """The module's own forward of x with other children."""
-    plain: Any = plain_class(module)
-    double = plain.__new__(plain)
-    double.__dict__ = {**module.__dict__, "_modules": {**module._modules, **stand_ins}}
-    try:
-        with torch.no_grad():
-            found = plain.forward(double, x)
-    except Exception:  # whatever a module that is no MLP makes of it
-        return None
-    return found if isinstance(found, Tensor) else None
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -25,9 +25,11 @@ from pyft.errors import UsageError
 from pyft.op import Op, Primitive
 from pyft.ops.shared.rows import as_rows
 
-_PARTS = {"cpu": 64}  # at most so many partial sums of a weight's gradient; other devices
-_PARTS_ELSEWHERE = 512
-_ROWS_PER_PART = 16
+# Partial sums of a weight's gradient: their number on a device's type, of at least so many rows
+# each, and of at most _MOST_ROWS, which one fp32 sum may run over.
+_PARTS = {"cpu": (64, 16)}
+_PARTS_ELSEWHERE = (512, 4)
+_MOST_ROWS = 512
 
 
 def forward(
@@ -113,7 +115,8 @@ def _gradients(
         return _reference_gradients(
             dy, h, weight, bias, dh, eps, offset, centered, need_weight, need_bias
         )
-    parts = max(1, min(-(-m // _ROWS_PER_PART), _PARTS.get(h.device.type, _PARTS_ELSEWHERE)))
+    most, least_rows = _PARTS.get(h.device.type, _PARTS_ELSEWHERE)
+    parts = max(1, min(-(-m // least_rows), most), -(-m // _MOST_ROWS))
     dx = h.new_empty(m, d)
     dweight, dbias = (
         h.new_empty((parts, d) if need else 0, dtype=torch.float32)

@@ -31,6 +31,13 @@ def _turn(
         turn = implementation("rope", "reference").rope
         turned = turn(q, k, cos, -sin if inverse else sin, positions, interleaved)
         return turned[0], q.new_empty(0) if k is None else turned[1]
+    if positions is not None and q.device.type == "cpu" and positions.numel():
+        low, high = int(positions.min()), int(positions.max())
+        if low < 0 or high >= cos.shape[0]:
+            raise UsageError(
+                f"rope: positions reach from {low} to {high}; cos and sin have rows 0 to "
+                f"{cos.shape[0] - 1}"
+            )
     q, k = _adjacent(q), None if k is None else _adjacent(k)
     q_out = _empty_like(q)
     k_out = q.new_empty(0) if k is None else _empty_like(k)
@@ -100,7 +107,8 @@ def rope(
         k: [B, Hkv, S, D] of q's dtype, or None.
         cos, sin: [B or 1, S, R/2], of each token, or with positions tables [P, R/2]; R <= D; of q's
             dtype or fp32. They get no gradient.
-        positions: integers [B, S], 0 <= p < P: of packed sequences, say.
+        positions: integers [B, S], 0 <= p < P: of packed sequences, say. Checked on a CPU only: a
+            GPU would have to be waited for.
         interleaved: pairs are dimensions (2i, 2i + 1) instead of (i, i + R/2).
 
     Returns:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pyft.backend import device_guard, implementation, prefers_triton
 from pyft.ops.dropout import Dropout
-from pyft.reference.dropout import threshold
 
 # Where ``auto`` takes the kernel although nothing is dropped: device type -> dtypes. None was
 # measured on a GPU yet.
@@ -52,7 +51,7 @@ def _kernel(
             left,
             right,
             scale,
-            threshold(drop.p) if dropped else 0,
+            implementation("dropout", "reference").threshold(drop.p) if dropped else 0,
             1.0 / (1.0 - drop.p),
             int(drop.seed) if drop.seed is not None else 0,
             out,

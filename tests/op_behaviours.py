@@ -1,0 +1,226 @@
+"""What must hold of every differentiable op, whatever it computes: each takes a ``lora_cases.Call``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lora_cases import Call, check_equal, plain_tensors
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+import pyft
+from pyft.errors import UsageError
+from pyft.op import Op, Primitive
+from pyft.quantized import QuantizedTensor
+
+
+def only_reads_its_inputs(call: Call) -> None:
+    tensors = [*plain_tensors(call.inputs)]
+    before = [(tensor.detach().clone(), tensor._version) for tensor in tensors]
+    call.run()
+    arrived = [dy.clone() for dy in call.dys]
+    call.run()
+    assert all(map(torch.equal, call.dys, arrived))
+    for tensor, (value, version) in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, value)
+        assert tensor._version == version
+
+
+def second_backward_is_the_same(call: Call) -> None:
+    """What was saved is not written over, and neither are the first gradients."""
+    ys = call.forward()
+    before = [y.detach().clone() for y in ys]
+    first = call.backward(ys, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    second = call.backward(ys)
+    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, first, kept))
+    assert all(map(torch.equal, ys, before))
+
+
+def same_bits_twice(call: Call) -> None:
+    check_equal(call.run(), call.run())
+
+
+def gradients_add_up(call: Call) -> None:
+    """Twice ``backward`` leaves twice the gradient in every leaf, each in memory of its own."""
+    expected, leaves = call.run(), call.leaves()
+    for _ in range(2):
+        ys = [y for y in call.forward() if y.requires_grad]
+        torch.autograd.backward(ys, call.dys[: len(ys)])
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None, name
+        torch.testing.assert_close(leaf.grad, 2 * expected[name], msg=name)
+    places = [leaf.grad.data_ptr() for leaf in leaves.values() if leaf.numel()]  # type: ignore[union-attr]
+    assert len(set(places)) == len(places)
+
+
+def each_leaf_alone(call: Call) -> None:
+    """Whatever subset requires a gradient, the gradients are the same."""
+    expected, leaves = call.run(), call.leaves()
+    for wanted, leaf in leaves.items():
+        for name, other in leaves.items():
+            other.requires_grad_(name == wanted)
+        (gradient,) = call.backward(call.forward())
+        torch.testing.assert_close(gradient, expected[wanted], msg=wanted)
+        assert gradient.dtype == leaf.dtype
+    for leaf in leaves.values():
+        leaf.requires_grad_(False)
+    assert not any(y.requires_grad for y in call.forward())
+
+
+def strides_do_not_matter(call: Call) -> None:
+    expected, inputs, dys = call.run(), dict(call.inputs), list(call.dys)
+
+    def turned(tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+    def spaced(tensor: Tensor) -> Tensor:
+        wide = torch.full((*tensor.shape, 2), torch.nan, dtype=tensor.dtype)
+        return wide[..., 0].copy_(tensor)
+
+    for change in (turned, spaced):
+        for name, value in inputs.items():
+            if (
+                isinstance(value, Tensor)
+                and value.is_floating_point()
+                and not isinstance(value, QuantizedTensor)
+            ):
+                strided = change(value.detach()).requires_grad_(value.requires_grad)
+                call.inputs[name] = strided
+        call.dys = [change(dy) for dy in dys]
+        for name, value in call.run().items():
+            torch.testing.assert_close(value, expected[name], msg=f"{change.__name__} {name}")
+
+
+def under_checkpointing(call: Call) -> None:
+    expected = call.run()
+    for reentrant in (False, True):
+        names = [name for name, value in call.inputs.items() if isinstance(value, Tensor)]
+        tensors = [call.inputs[name] for name in names]
+
+        def again(*values: Tensor, names: list[str] = names) -> tuple[Tensor, ...]:
+            return tuple(call.op({**call.inputs, **dict(zip(names, values, strict=True))}))
+
+        ys = checkpoint(again, *tensors, use_reentrant=reentrant)
+        for leaf in call.leaves().values():
+            leaf.grad = None
+        pairs = [(y, dy) for y, dy in zip(ys, call.dys, strict=True) if y.requires_grad]
+        torch.autograd.backward(*zip(*pairs, strict=True))
+        for name, leaf in call.leaves().items():
+            assert leaf.grad is not None
+            assert torch.equal(leaf.grad, expected[name]), (reentrant, name)
+
+
+def compiles_whole(call: Call) -> None:
+    expected, op = call.run(), call.op
+    torch._dynamo.reset()
+    call.op = torch.compile(op, backend="aot_eager", fullgraph=True)
+    for name, value in call.run().items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+def passes_opcheck(call: Call) -> None:
+    """Every op and primitive that the forward and the backward run, with what they are given."""
+    seen: list[tuple[Primitive, tuple[Any, ...]]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (Primitive, Op):
+            plain = kind.__call__
+
+            def noting(self: Any, *arguments: Any, plain: Any = plain) -> Any:
+                seen.append((self, arguments))
+                return plain(self, *arguments)
+
+            patch.setattr(kind, "__call__", noting)
+        call.run()
+    assert len(seen) >= 2
+    for op, arguments in seen:
+        if not isinstance(op, Op):
+            arguments = tree_map_only(Tensor, Tensor.detach, arguments)
+        torch.library.opcheck(op.library, arguments)
+
+
+def by_every_backend(call: Call) -> None:
+    expected = call.run()
+    for name in ("reference", "cpu"):
+        with pyft.backend(name):
+            for quantity, value in call.run().items():
+                torch.testing.assert_close(
+                    value, expected[quantity], rtol=1e-4, atol=1e-4, msg=f"{name} {quantity}"
+                )
+    for name in ("triton", "cuda"):
+        with (
+            pyft.backend(name),
+            pytest.raises(UsageError, match=f"backend '{name}' cannot run {call.name}"),
+        ):
+            call.forward()
+
+
+def backward_uses_the_backend_of_its_forward(call: Call) -> None:
+    expected = call.run()
+    with pyft.backend("cpu"):
+        ys = call.forward()
+    with pyft.backend("cuda"):
+        found = call.backward(ys)
+    for name, value in zip(call.leaves(), found, strict=True):
+        assert torch.equal(value, expected[name]), name
+
+
+def without_autograd(call: Call) -> None:
+    ys = call.forward()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            again = call.forward()
+            assert all(map(torch.equal, again, ys))
+            assert not any(y.requires_grad for y in again)
+
+
+def on_fake_tensors(call: Call) -> None:
+    """A step is traced without computing: shapes, dtypes and strides of everything are right."""
+    real, ys = call.run(), call.forward()
+    mode = FakeTensorMode()
+
+    def fake(value: Any) -> Any:
+        return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+    call.inputs = {name: fake(value) for name, value in call.inputs.items()}
+    call.dys = [fake(dy) for dy in call.dys]
+    with mode:
+        found, outputs = call.run(), call.forward()
+    assert found.keys() == real.keys()
+    for name, value in found.items():
+        assert (value.shape, value.dtype) == (real[name].shape, real[name].dtype), name
+    assert [y.stride() for y in outputs] == [y.stride() for y in ys]
+
+
+BEHAVIOUR = pytest.mark.parametrize(
+    "behaviour",
+    (
+        only_reads_its_inputs, second_backward_is_the_same, same_bits_twice, gradients_add_up,
+        each_leaf_alone, strides_do_not_matter, under_checkpointing, compiles_whole,
+        passes_opcheck, by_every_backend, backward_uses_the_backend_of_its_forward,
+        without_autograd, on_fake_tensors,
+    ),
+    ids=lambda behaviour: behaviour.__name__,
+)  # fmt: skip
+
+
+def gradcheck(call: Call) -> None:
+    """Of float64 inputs, against differences."""
+    leaves = call.leaves()
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(call.op({**call.inputs, **dict(zip(leaves, values, strict=True))}))
+
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()))
+
+
+def check_refused(call: Callable[[], Any], message: str) -> None:
+    """One line that says what, where and what to write instead, on every backend."""
+    for name in ("auto", "reference"):
+        with pyft.backend(name), pytest.raises(UsageError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
