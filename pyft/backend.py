@@ -109,9 +109,9 @@ def chosen() -> str:
     return _choice.name
 
 
-def select(op: str, device: "torch.device") -> str:
-    """The backend that runs ``op`` on ``device`` now."""
-    name = _choice.name
+def select(op: str, device: "torch.device", name: str | None = None) -> str:
+    """The backend that runs ``op`` on ``device``: ``name``'s, or the one chosen now."""
+    name = _choice.name if name is None else name
     usable = PREFERENCE.get(device.type, ("reference",))
     if name == "auto":
         return next(option for option in usable if obstacle(op, option) is None)
@@ -241,8 +241,7 @@ def launcher(op: str, tensor: "torch.Tensor", name: str) -> ModuleType | None:
     """
     import torch
 
-    with backend(name):
-        best = select(op, tensor.device)
+    best = select(op, tensor.device, name)
     if best != "reference" and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return implementation(op, best)
     if name not in ("auto", "reference"):

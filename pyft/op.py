@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils._pytree import tree_leaves
 
 from pyft.errors import UsageError
 
@@ -27,8 +26,14 @@ def plain(arguments: tuple[Any, ...]) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    tensors = tree_leaves(arguments)
-    return all(type(argument) in _PLAIN for argument in tensors if isinstance(argument, Tensor))
+    for argument in arguments:
+        if isinstance(argument, list):
+            for part in argument:
+                if isinstance(part, Tensor) and type(part) not in _PLAIN:
+                    return False
+        elif isinstance(argument, Tensor) and type(argument) not in _PLAIN:
+            return False
+    return True
 
 
 class Primitive:
@@ -76,9 +81,14 @@ class Op(Primitive):
     ) -> None:
         super().__init__(name, forward, fake, schema)
         self.library.register_autograd(_with_lists(backward), setup_context=_noting_lists(save))
+
+        def forward_and_save(ctx: Any, *arguments: Any) -> Any:
+            found = forward(*arguments)
+            save(ctx, arguments, found)
+            return found
+
         methods = {
-            "forward": staticmethod(forward),
-            "setup_context": staticmethod(save),
+            "forward": staticmethod(forward_and_save),
             "backward": staticmethod(once_differentiable(backward)),
         }
         self.eager: Any = type(name, (torch.autograd.Function,), methods)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_cases import Call, check_equal, plain_tensors
+from lora_cases import Call, check_equal, check_near, check_rule, plain_tensors
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
@@ -53,7 +53,7 @@ def gradients_add_up(call: Call) -> None:
         torch.autograd.backward(ys, call.dys[: len(ys)])
     for name, leaf in leaves.items():
         assert leaf.grad is not None, name
-        torch.testing.assert_close(leaf.grad, 2 * expected[name], msg=name)
+        check_near({name: leaf.grad}, {name: 2 * expected[name]})
     places = [leaf.grad.data_ptr() for leaf in leaves.values() if leaf.numel()]  # type: ignore[union-attr]
     assert len(set(places)) == len(places)
 
@@ -61,12 +61,11 @@ def gradients_add_up(call: Call) -> None:
 def each_leaf_alone(call: Call) -> None:
     """Whatever subset requires a gradient, the gradients are the same."""
     expected, leaves = call.run(), call.leaves()
-    for wanted, leaf in leaves.items():
+    for wanted in leaves:
         for name, other in leaves.items():
             other.requires_grad_(name == wanted)
         (gradient,) = call.backward(call.forward())
-        torch.testing.assert_close(gradient, expected[wanted], msg=wanted)
-        assert gradient.dtype == leaf.dtype
+        check_near({wanted: gradient}, {wanted: expected[wanted]})
     for leaf in leaves.values():
         leaf.requires_grad_(False)
     assert not any(y.requires_grad for y in call.forward())
@@ -92,8 +91,7 @@ def strides_do_not_matter(call: Call) -> None:
                 strided = change(value.detach()).requires_grad_(value.requires_grad)
                 call.inputs[name] = strided
         call.dys = [change(dy) for dy in dys]
-        for name, value in call.run().items():
-            torch.testing.assert_close(value, expected[name], msg=f"{change.__name__} {name}")
+        check_near(call.run(), expected)
 
 
 def under_checkpointing(call: Call) -> None:
@@ -119,8 +117,7 @@ def compiles_whole(call: Call) -> None:
     expected, op = call.run(), call.op
     torch._dynamo.reset()
     call.op = torch.compile(op, backend="aot_eager", fullgraph=True)
-    for name, value in call.run().items():
-        torch.testing.assert_close(value, expected[name], msg=name)
+    check_near(call.run(), expected)
 
 
 def passes_opcheck(call: Call) -> None:
@@ -147,10 +144,7 @@ def by_every_backend(call: Call) -> None:
     expected = call.run()
     for name in ("reference", "cpu"):
         with pyft.backend(name):
-            for quantity, value in call.run().items():
-                torch.testing.assert_close(
-                    value, expected[quantity], rtol=1e-4, atol=1e-4, msg=f"{name} {quantity}"
-                )
+            check_near(call.run(), expected)
     for name in ("triton", "cuda"):
         with (
             pyft.backend(name),
@@ -224,3 +218,23 @@ def check_refused(call: Callable[[], Any], message: str) -> None:
         with pyft.backend(name), pytest.raises(UsageError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def check_autocast(make: Callable[[], Call], dtype: torch.dtype) -> None:
+    """As if everything had been cast first; gradients come back in the leaves' own dtypes."""
+
+    class Cast(Call):
+        def run(self) -> dict[str, Tensor]:
+            with torch.autocast("cpu", self.dtype):
+                return super().run()
+
+    def cast() -> Call:
+        call = make()
+        call.__class__ = Cast
+        call.dtype = dtype
+        return call
+
+    found = cast().run()
+    assert found["y0"].dtype == dtype
+    assert all(found[name].dtype == leaf.dtype for name, leaf in make().leaves().items())
+    check_rule(cast)

@@ -185,7 +185,8 @@ def _gradients(
         ys = outputs(normed(), s, first) if recompute else [gate, up][: len(first)]
         g, u = _halves(ys)
         ds_down = adapter_gradients([dy], [down], need_dh or of_down.lora_a)
-        h = dx = dy.new_empty(0)
+        h = None
+        dx = []
         if need_dh:
             dh = input_gradient([dy], ds_down, [down], drop_down, g.shape[1])
             # What was made here is written over; what was saved never is.
@@ -196,15 +197,14 @@ def _gradients(
             h = glu.forward(g, u, activation, "auto")
         of_last = leaf_gradients([dy], ds_down, h, s_down, [down], [of_down], drop_down)
         if not need_dh:
-            return [dx, *(dy.new_empty(0) for _ in range(8)), *of_last]
+            return of_last
         del h, dh
         ds = adapter_gradients(dys, first, need_ds)
         if needs[0]:
-            dx = input_gradient(dys, ds, first, drop, in_features)
+            dx = [input_gradient(dys, ds, first, drop, in_features)]
         again = normed() if need_x else None
         found = leaf_gradients(dys, ds, again, s, first, of_first, drop)
-    absent = (dy.new_empty(0) for _ in range(4 * (2 - len(first))))
-    return [dx, *found, *absent, *of_last]
+    return [*dx, *found, *of_last]
 
 
 def _fake_gradients(
@@ -229,9 +229,9 @@ def _fake_gradients(
         temporary.append(x.new_empty(m, in_features))
     fake_scratch(x, projections[2:], i)
     fake_scratch(x, _first(projections), in_features)
-    dx = x.new_empty((m, in_features) if needs[0] else 0)
+    dx = [x.new_empty(m, in_features)] if needs[0] else []
     found = fake_leaf_gradients(x, projections[:2], leaves[:2], in_features)
-    return [dx, *found, *fake_leaf_gradients(x, projections[2:], leaves[2:], i)]
+    return [*dx, *found, *fake_leaf_gradients(x, projections[2:], leaves[2:], i)]
 
 
 _lora_mlp_backward = Primitive(

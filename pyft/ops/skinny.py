@@ -22,20 +22,26 @@ def project(x: Tensor, a: Tensor, scale: float, drop: Dropout, out: Tensor | Non
     if out is None:
         out = x.new_empty(x.shape[0], a.shape[0])
     if not _kernel("project", x, a, scale, drop, out):
-        torch.mm(drop(x), a.t(), out=out)
-        if scale != 1.0:
-            out.mul_(scale)
+        _product(drop(x), a.t(), scale, out)
     return out
 
 
-def reduce(s: Tensor, x: Tensor, scale: float, drop: Dropout) -> Tensor:
-    """dA [R, K] of S [M, R] and rows x [M, K]."""
-    out = x.new_empty(s.shape[1], x.shape[1])
-    if not _kernel("reduce", s, x, scale, drop, out):
-        torch.mm(s.t(), drop(x), out=out)
-        if scale != 1.0:
-            out.mul_(scale)
+def reduce(s: Tensor, x: Tensor, scale: float, drop: Dropout, transposed: bool = False) -> Tensor:
+    """dA [R, K] of S [M, R] and rows x [M, K]; ``transposed``: its transpose, [K, R]."""
+    r, k = s.shape[1], x.shape[1]
+    out = x.new_empty((k, r) if transposed else (r, k))
+    if not _kernel("reduce", s, x, scale, drop, out.t() if transposed else out):
+        left, right = (drop(x).t(), s) if transposed else (s.t(), drop(x))
+        _product(left, right, scale, out)
     return out
+
+
+def _product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:
+    """out = scale left right, by one call."""
+    if scale == 1.0:
+        torch.mm(left, right, out=out)
+    else:
+        torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
 
 
 def _kernel(

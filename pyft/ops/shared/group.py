@@ -171,16 +171,16 @@ class Group:
         need_x, need_a = needs[0], any(need.lora_a for need in leaves)
         with backend(name):
             ds = adapter_gradients(dys, projections, need_x or need_a)
-            dx = dys[0].new_empty(0)
+            dx = []
             if need_x:
-                dx = input_gradient(dys, ds, projections, drop, in_features)
+                dx = [input_gradient(dys, ds, projections, drop, in_features)]
             again: Tensor | None = None
             if need_a or any(need.weight for need in leaves):
                 again = x
                 if rebuild:
                     static = (eps, offset, False, 0, "auto")
                     again = norm.forward(x, None, norm_weight, None, *static)[0]
-            return [dx, *leaf_gradients(dys, ds, again, s, projections, leaves, drop)]
+            return [*dx, *leaf_gradients(dys, ds, again, s, projections, leaves, drop)]
 
     def _fake_gradients(
         self,
@@ -198,10 +198,10 @@ class Group:
         leaves = [Needs(*needs[i : i + 4]) for i in range(1, len(needs), 4)]
         if needs[0]:
             fake_scratch(x, projections, in_features)
-        dx = x.new_empty((dys[0].shape[0], in_features) if needs[0] else 0)
+        dx = [x.new_empty(dys[0].shape[0], in_features)] if needs[0] else []
         if rebuild:
             x.new_empty(x.shape)
-        return [dx, *fake_leaf_gradients(x, projections, leaves, in_features)]
+        return [*dx, *fake_leaf_gradients(x, projections, leaves, in_features)]
 
     def _parse(self, arguments: Sequence[Any]) -> tuple[list[Projection], Sequence[Any]]:
         split = FIELDS * self.count
@@ -242,8 +242,11 @@ def fields_of(
 
 
 def spread(found: Sequence[Tensor], needs: Sequence[bool], count: int) -> list[Tensor | None]:
-    """dX and one gradient or None for each field of ``count`` projections."""
-    wanted = [value if need else None for value, need in zip(found, needs, strict=True)]
+    """dX and one gradient or None for each field of ``count`` projections; ``found`` are those that
+    are needed.
+    """
+    rest = iter(found)
+    wanted = [next(rest) if need else None for need in needs]
     gradients = [wanted[0]]
     for i in range(count):
         fields: list[Tensor | None] = [None] * FIELDS

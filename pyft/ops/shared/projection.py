@@ -171,24 +171,22 @@ def leaf_gradients(
     needs: Sequence[Needs],
     drop: Dropout,
 ) -> list[Tensor]:
-    """dW, dA, dB and dbias of each projection, one after another; empty where not needed."""
+    """dW, dA, dB and dbias of each projection, one after another: those that are needed."""
     da_all: Sequence[Tensor] = ()
     if x is not None and ds is not None and any(need.lora_a for need in needs):
         da_all = skinny.reduce(ds, x, 1.0, drop).split([p.rank for p in projections])
     found, slot = [], 0
     for i, (dy, p, need) in enumerate(zip(dys, projections, needs, strict=True)):
-        dw, da, db, dbias = (dy.new_empty(0) for _ in range(4))
         if need.weight and x is not None:
-            dw = torch.mm(dy.t(), x)
-        if need.lora_a and da_all:
-            da = da_all[i] if len(projections) == 1 else da_all[i].clone()
+            found.append(torch.mm(dy.t(), x))
+        if need.lora_a:
+            found.append(da_all[i] if len(projections) == 1 else da_all[i].clone())
         if need.lora_b:
             part = s[:, slot : slot + p.rank]
-            db = skinny.reduce(part, dy, p.scale, Dropout(None, 0.0)).t()
+            found.append(skinny.reduce(part, dy, p.scale, Dropout(None, 0.0), transposed=True))
         if need.bias:
-            dbias = dy.sum(0)
+            found.append(dy.sum(0))
         slot += p.rank
-        found += [dw, da, db, dbias]
     return found
 
 
@@ -199,10 +197,9 @@ def fake_leaf_gradients(
     found = []
     for p, need in zip(projections, needs, strict=True):
         n, r = p.out_features, p.rank
-        shapes = ((n, in_features), (r, in_features), (n, r), (n,))
-        found += [
-            x.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, need, strict=True)
-        ]
+        made = [x.new_empty(n, in_features), x.new_empty(r, in_features)]
+        made += [x.new_empty(n, r), x.new_empty(n)]
+        found += [gradient for gradient, wanted in zip(made, need, strict=True) if wanted]
     return found
 
 
