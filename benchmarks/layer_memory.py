@@ -14,6 +14,8 @@ I, Hq and Hkv heads of size d, seven adapters of rank R:
     gate and up, unless they are multiplied again               2 (2 I)
     the adapters' inputs S                                      2 (7 R)
     1 / root mean square of either norm                         4 (2)
+
+What is kept beyond it is the stock attention's: k and v repeated for every query head, and a mask.
 """
 
 import argparse

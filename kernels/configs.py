@@ -103,6 +103,14 @@ class Skinny:
     num_stages: int = 3
 
 
+@dataclass(frozen=True)
+class Dropout:
+    """``tile`` elements a program; a power of two, at least 4."""
+
+    tile: int = 2048
+    num_warps: int = 4
+
+
 QUANTIZE = Quantize()
 DEQUANTIZE = Dequantize()
 QLINEAR = QLinear()
@@ -110,6 +118,7 @@ QLINEAR_NO_MATRIX_UNITS = QLinear(
     block_k=16, num_stages=2
 )  # an operand of them is all in registers
 OPTIM = Optim()
+DROPOUT = Dropout()
 NORM = Norm()
 ROPE = Rope()
 GLU = Glu()

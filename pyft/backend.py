@@ -34,7 +34,11 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "triton": "pyft.kernels.qlinear",
         "cuda": "pyft.native",
     },
-    "dropout": {"reference": "pyft.reference.dropout", "cpu": "pyft.native"},
+    "dropout": {
+        "reference": "pyft.reference.dropout",
+        "cpu": "pyft.native",
+        "triton": "pyft.kernels.dropout",
+    },
     "optim": {
         "reference": "pyft.reference.optim",
         "cpu": "pyft.native",
@@ -125,6 +129,7 @@ def select(op: str, device: "torch.device", name: str | None = None) -> str:
     return name
 
 
+@cache
 def implementation(op: str, name: str) -> ModuleType:
     """The module that implements ``op`` on backend ``name``."""
     return importlib.import_module(IMPLEMENTATIONS[op][name])

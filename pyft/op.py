@@ -97,15 +97,19 @@ class Op(Primitive):
         """Run the op with autograd; through the dispatcher where something watches."""
         if plain(arguments):
             return self.eager.apply(*arguments)
-        if not torch.compiler.is_compiling() and _in_forward_mode():
-            raise UsageError(f"pyft::{self.name} has no forward-mode derivative; use the backward")
+        if not torch.compiler.is_compiling() and _transformed():
+            raise UsageError(
+                f"pyft::{self.name} cannot be differentiated by torch.func; use the backward, or "
+                'pyft.backend("reference")'
+            )
         return self.library(*arguments)
 
 
-def _in_forward_mode() -> bool:
-    """Whether torch.func.jvp is at work, which would take a missing derivative for zero."""
+def _transformed() -> bool:
+    """Whether torch.func differentiates: jvp would take a missing derivative for zero."""
     transform = torch._C._functorch.peek_interpreter_stack()
-    return transform is not None and transform.key() == torch._C._functorch.TransformType.Jvp
+    kinds = torch._C._functorch.TransformType
+    return transform is not None and transform.key() in (kinds.Jvp, kinds.Grad)
 
 
 def _noting_lists(save: Callable[..., None]) -> Callable[..., None]:

@@ -6,7 +6,7 @@ from typing import Any
 from compile_gate import Variant
 from triton.runtime.jit import JITFunction
 
-from pyft.kernels import configs, glu, lora_matmul, norm, rope, skinny
+from pyft.kernels import configs, dropout, glu, lora_matmul, norm, rope, skinny
 
 SCALARS = ("eps", "offset", "scale", "keep_scale", "sign")  # fp32; other numbers are integers
 SUMS = ("mean_ptr", "rstd_ptr", "dweight_ptr", "dbias_ptr")  # fp32 whatever the dtype
@@ -90,6 +90,12 @@ def fused_variants() -> dict[str, Variant]:
             norm.norm_backward_kernel, 4096, ("mean_ptr", "dbias_ptr")
         ),
         "rope/bf16/128": rotated(),
+        "dropout/bf16": fused(
+            dropout.dropout_kernel,
+            "bf16",
+            {"TILE": configs.DROPOUT.tile},
+            {"num_warps": configs.DROPOUT.num_warps},
+        ),
         "glu/bf16/gelu": activated(glu.glu_kernel, "gelu"),
         "glu_backward/bf16/silu": activated(glu.glu_backward_kernel, "silu"),
         "lora_matmul/bf16/matrix": adapted("bf16", configs.LORA_MATMUL),

@@ -10,11 +10,12 @@ import pytest
 import torch
 from error_rule import check_error
 from lora_cases import check_equal, check_near, plain_tensors, saved_by
+from op_behaviours import check_refused
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import pyft
-from pyft import NormInput
+from pyft import NormInput, UsageError
 
 Make = Callable[..., dict[str, Any]]
 Op = Callable[[dict[str, Any], Tensor, NormInput | None], Sequence[Tensor]]
@@ -31,7 +32,8 @@ class Normed:
         self.weight = torch.randn(self.h.shape[-1]).to(dtype).requires_grad_()
         self.offset = 1.0
         self.dys: list[Tensor] = []
-        ranks = [t.shape[0] for n, t in self.inputs.items() if n.endswith(".a") and t is not None]
+        of_x = {n: t for n, t in self.inputs.items() if not n.startswith("down")}
+        ranks = [t.shape[0] for n, t in of_x.items() if n.endswith(".a") and t is not None]
         self.tail = sum(ranks) + 3
 
     def outputs(self, way: str, h: Tensor | None = None) -> list[Tensor]:
@@ -206,6 +208,22 @@ def input_of_any_strides(make: Make, call: Op) -> None:
         check_near(normed.run("told"), expected)
 
 
+def writing_to_h_raises(make: Make, call: Op) -> None:
+    """Instead of making another x again."""
+    for way in ("told", "beside"):
+        normed = Normed(make, call)
+        h = normed.h.detach().clone()
+        x = pyft.rms_norm(h, normed.weight, EPS, tail=normed.tail)
+        assert isinstance(x, Tensor)
+        place = room(x, normed.tail) if way == "beside" else None
+        ys = normed.call(normed.inputs, x.detach(), NormInput(h, normed.weight, EPS, 0.0, place))
+        leaves = [t for n, t in normed.leaves().items() if n.endswith((".a", "gate.weight"))]
+        h.add_(1)
+        if leaves:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(ys, leaves, [torch.ones_like(y) for y in ys])
+
+
 def under_autocast(make: Make, call: Op) -> None:
     """x of autocast's dtype is no longer the norm of h: it is kept after all."""
     normed = Normed(make, call)
@@ -216,13 +234,34 @@ def under_autocast(make: Make, call: Op) -> None:
         check_equal(normed.gradients(ys[way]), expected)
 
 
+def what_does_not_fit_is_refused(make: Make, call: Op) -> None:
+    inputs = make(dtype=torch.float32)
+    x: Tensor = inputs.pop("x")
+    wide = torch.ones(*x.shape[:-1], x.shape[-1] + 1)
+    for told, message in (
+        (NormInput(x[:-1], None, EPS), r"norm_input.h is .* and x .*; they must be alike"),
+        (NormInput(wide, None, EPS), r"norm_input.h is .* and x .*; they must be alike"),
+        (NormInput(x.half(), None, EPS), r"norm_input.h is torch.float16"),
+        (NormInput(x, wide[0], EPS), r"norm_input.weight .* does not fit x"),
+        (NormInput(x, None, EPS, 0.0, wide), r"norm_input.buffer is not what x lies in"),
+    ):
+        check_refused(lambda told=told: call(inputs, x, told), message)
+
+
+def too_little_room_is_refused(make: Make, call: Op) -> None:
+    normed = Normed(make, call)
+    normed.tail -= 4  # one column less than the adapters have
+    with pytest.raises(UsageError, match=r"norm_input.buffer"):
+        normed.outputs("beside")
+
+
 NORM_INPUT = pytest.mark.parametrize(
     "check",
-    (
+    [
         the_same_without_the_buffer, within_the_rule_beside_x, x_is_not_kept,
         only_the_tail_is_written, two_ops_share_the_room, twice_backward_and_twice_the_same,
         under_checkpointing, compiled, weight_of_any_strides_and_dtype, input_of_any_strides,
-        under_autocast,
-    ),
+        writing_to_h_raises, under_autocast, what_does_not_fit_is_refused,
+    ],
     ids=lambda check: check.__name__,
 )  # fmt: skip

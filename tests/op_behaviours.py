@@ -1,5 +1,6 @@
-"""What must hold of every differentiable op, whatever it computes: each takes a ``lora_cases.Call``."""
+"""What must hold of every differentiable op, whatever it computes, said of one call of it."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from lora_cases import Call, check_equal, check_near, check_rule, plain_tensors
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
@@ -58,14 +60,16 @@ def gradients_add_up(call: Call) -> None:
     assert len(set(places)) == len(places)
 
 
-def each_leaf_alone(call: Call) -> None:
+def some_leaves_alone(call: Call) -> None:
     """Whatever subset requires a gradient, the gradients are the same."""
     expected, leaves = call.run(), call.leaves()
-    for wanted in leaves:
-        for name, other in leaves.items():
-            other.requires_grad_(name == wanted)
-        (gradient,) = call.backward(call.forward())
-        check_near({wanted: gradient}, {wanted: expected[wanted]})
+    subsets = [{name} for name in leaves]
+    subsets += [{name for name in leaves if random.random() < 0.4} for _ in range(12)]
+    for wanted in filter(None, subsets):
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name in wanted)
+        found = dict(zip(call.leaves(), call.backward(call.forward()), strict=True))
+        check_near(found, {name: expected[name] for name in call.leaves()})
     for leaf in leaves.values():
         leaf.requires_grad_(False)
     assert not any(y.requires_grad for y in call.forward())
@@ -172,6 +176,48 @@ def without_autograd(call: Call) -> None:
             assert not any(y.requires_grad for y in again)
 
 
+def writing_to_an_input_changes_nothing_or_raises(call: Call) -> None:
+    """What was saved is what the gradients are of."""
+    expected = call.run()
+    for tensor in plain_tensors(call.inputs):
+        before = tensor.detach().clone()
+        ys = call.forward()
+        with torch.no_grad():
+            tensor.copy_(before.flip(0) if tensor.dim() else before + 1)
+        try:
+            found = call.backward(ys)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)  # noqa: PT017
+        else:
+            check_equal(
+                dict(zip(call.leaves(), found, strict=True)),
+                {n: expected[n] for n in call.leaves()},
+            )
+        with torch.no_grad():
+            tensor.copy_(before)
+
+
+def under_hooks_of_saved_tensors(call: Call) -> None:
+    """As those that keep them elsewhere."""
+    expected = call.run()
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, Tensor.clone):
+        check_equal(call.run(), expected)
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+def under_a_dispatch_mode(call: Call) -> None:
+    """By way of the dispatcher, as selective checkpointing goes."""
+    expected = call.run()
+    with Watching():
+        check_equal(call.run(), expected)
+
+
 def on_fake_tensors(call: Call) -> None:
     """A step is traced without computing: shapes, dtypes and strides of everything are right."""
     real, ys = call.run(), call.forward()
@@ -192,12 +238,13 @@ def on_fake_tensors(call: Call) -> None:
 
 BEHAVIOUR = pytest.mark.parametrize(
     "behaviour",
-    (
+    [
         only_reads_its_inputs, second_backward_is_the_same, same_bits_twice, gradients_add_up,
-        each_leaf_alone, strides_do_not_matter, under_checkpointing, compiles_whole,
+        some_leaves_alone, strides_do_not_matter, under_checkpointing, compiles_whole,
         passes_opcheck, by_every_backend, backward_uses_the_backend_of_its_forward,
-        without_autograd, on_fake_tensors,
-    ),
+        without_autograd, on_fake_tensors, writing_to_an_input_changes_nothing_or_raises,
+        under_hooks_of_saved_tensors, under_a_dispatch_mode,
+    ],
     ids=lambda behaviour: behaviour.__name__,
 )  # fmt: skip
 

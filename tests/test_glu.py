@@ -150,20 +150,32 @@ def test_autocast_leaves_the_dtype(op: str) -> None:
 def test_float64_has_no_kernel() -> None:
     with (
         pyft.backend("cpu"),
-        pytest.raises(pyft.UsageError, match="cannot run glu in torch.float64; use reference"),
+        pytest.raises(pyft.UsageError, match=r"cannot run glu in torch.float64; use reference"),
     ):
         glu("swiglu", torch.float64).forward()
 
 
 X: Tensor = torch.ones(2, 8)
 BAD: dict[str, tuple[Any, str]] = {
-    "integers": (lambda: pyft.swiglu(X.int(), X.int()), "swiglu: the input is torch.int32; pass a floating"),
+    "integers": (
+        lambda: pyft.swiglu(X.int(), X.int()),
+        "swiglu: the input is torch.int32; pass a floating",
+    ),
     "relu2": (lambda: pyft.relu2(X.long()), "relu2: the input is torch.int64; pass a floating"),
-    "shapes": (lambda: pyft.geglu(X, X[:1]), r"geglu: gate is .*\(2, 8\) and up is .*\(1, 8\); they must be alike"),
-    "dtypes": (lambda: pyft.swiglu(X, X.half()), "gate is torch.float32 .* and up is torch.float16"),
-    "device": (lambda: pyft.swiglu(X, X.to("meta")), "swiglu: gate is on cpu and up on meta; move one"),
+    "shapes": (
+        lambda: pyft.geglu(X, X[:1]),
+        r"geglu: gate is .*\(2, 8\) and up is .*\(1, 8\); they must be alike",
+    ),
+    "dtypes": (
+        lambda: pyft.swiglu(X, X.half()),
+        "gate is torch.float32 .* and up is torch.float16",
+    ),
+    "device": (
+        lambda: pyft.swiglu(X, X.to("meta")),
+        "swiglu: gate is on cpu and up on meta; move one",
+    ),
     "approximate": (lambda: pyft.geglu(X, X, "exact"), "geglu: approximate is 'exact'; it must be"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BAD)

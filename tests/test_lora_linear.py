@@ -1,7 +1,6 @@
 """lora_linear against the reference in float64; what it keeps and how often it multiplies."""
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -9,6 +8,9 @@ import torch
 from error_rule import check_error
 from hypothesis import given
 from hypothesis import strategies as st
+from lora_cases import SCALE, SEED, check_close, check_rule, grads, linear, saved_by
+from lora_cases import given as projection_of
+from norm_input_cases import NORM_INPUT, too_little_room_is_refused
 from shapes import LINEAR_DTYPES, LINEAR_SHAPES, QUANTIZED_DTYPES, RANKS, dtype_name
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,8 +21,6 @@ from pyft.errors import UsageError
 from pyft.ops.lora_linear import _lora_linear
 from pyft.quantized import QuantizedTensor
 from pyft.reference import lora_linear as reference
-
-SCALE, SEED = 1.7, 1234
 
 
 class Problem:
@@ -56,7 +56,7 @@ class Problem:
         """The op's output and gradients."""
         y = pyft.lora_linear(self.x, self.weight, self.a, self.b, SCALE, self.bias, p, SEED)
         leaves = self.leaves()
-        return {"y": y.detach(), **_grads(y, leaves, self.dy)}
+        return {"y": y.detach(), **grads(y, leaves, self.dy)}
 
     def expected(self, dtype: torch.dtype, p: float = 0.0) -> dict[str, Tensor]:
         """The reference's, its inputs those the kernel sees, computed in ``dtype``."""
@@ -75,7 +75,7 @@ class Problem:
         y = reference.lora_linear(x, weight, a, b, SCALE, bias, p, SEED)
         named = {"x": x, "weight": weight, "a": a, "b": b, "bias": bias}
         leaves = {name: t for name, t in named.items() if t is not None and t.requires_grad}
-        return {"y": y.detach(), **_grads(y, leaves, self.dy.to(dtype))}
+        return {"y": y.detach(), **grads(y, leaves, self.dy.to(dtype))}
 
     def magnitude(self, p: float = 0.0) -> dict[str, Tensor]:
         """What each quantity would be with nothing cancelling: the scale of its rounding."""
@@ -88,43 +88,6 @@ class Problem:
             if tensor is not None:
                 setattr(other, name, tensor.detach().abs().requires_grad_(tensor.requires_grad))
         return other.expected(torch.float64, p)
-
-
-def check_rule(make: Callable[[], Problem], p: float = 0.0, draws: int = 6) -> None:
-    """The error rule over several draws: one number alone may be right by chance."""
-    found, in_dtype, truth = [], [], []
-    for _ in range(draws):
-        problem = make()
-        found.append(problem.run(p))
-        in_dtype.append(problem.expected(problem.dtype, p))
-        truth.append(problem.expected(torch.float64, p))
-    assert found[0].keys() == truth[0].keys()
-    for name in truth[0]:
-        triple = [
-            torch.stack([d[name].detach() for d in draw]) for draw in (found, in_dtype, truth)
-        ]
-        check_error(name, triple[0].to(in_dtype[0][name].dtype), *triple[1:])
-
-
-def check_close(problem: Problem, p: float = 0.0) -> None:
-    """Within a few roundings of the largest magnitude: for float64, for shapes of one number."""
-    found, truth, magnitude = (
-        problem.run(p),
-        problem.expected(torch.float64, p),
-        problem.magnitude(p),
-    )
-    assert found.keys() == truth.keys()
-    for name, value in found.items():
-        assert value.shape == truth[name].shape, name
-        assert value.isfinite().all(), name
-        if value.numel():
-            error = (value.double() - truth[name]).abs().max()
-            assert error <= 8 * torch.finfo(problem.dtype).eps * magnitude[name].max(), name
-
-
-def _grads(y: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
-    found = torch.autograd.grad(y, list(leaves.values()), dy)
-    return dict(zip(leaves, found, strict=True))
 
 
 QUANTIZED = pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
@@ -303,20 +266,6 @@ def test_each_product_is_taken_once(quantized: bool, p: float) -> None:
     assert backward.shapes == {dx: 1, ds: 1, from_ds: 1, da: 1, db: 1}
 
 
-def saved_by(call: Callable[[], Tensor], own: list[Tensor]) -> list[Tensor]:
-    """What a call keeps for its backward, beyond tensors whose storage the caller holds anyway."""
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        call()
-    held = {tensor.untyped_storage().data_ptr() for tensor in own}
-    return [t for t in saved if t.numel() and t.untyped_storage().data_ptr() not in held]
-
-
 @QUANTIZED
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_saves_x_and_s_only(quantized: bool, p: float) -> None:
@@ -378,7 +327,7 @@ def test_autocast(dtype: torch.dtype, quantized: bool) -> None:
         y = problem_y(problem, 0.2)
     assert y.dtype == dtype
     leaves = problem.leaves()
-    found = _grads(y, leaves, problem.dy.to(dtype))
+    found = grads(y, leaves, problem.dy.to(dtype))
     problem.dtype = dtype
     problem.dy = problem.dy.to(dtype)
     in_dtype, truth = problem.expected(dtype, 0.2), problem.expected(torch.float64, 0.2)
@@ -495,8 +444,8 @@ def test_compiles_whole(p: float, quantized: bool) -> None:
     y, expected = compiled(problem, p), problem_y(problem, p)
     torch.testing.assert_close(y, expected)
     for (name, found), wanted in zip(
-        _grads(y, leaves, problem.dy).items(),
-        _grads(expected, leaves, problem.dy).values(),
+        grads(y, leaves, problem.dy).items(),
+        grads(expected, leaves, problem.dy).values(),
         strict=True,
     ):
         torch.testing.assert_close(found, wanted, msg=name)
@@ -543,8 +492,8 @@ def test_backward_uses_the_backend_of_its_forward() -> None:
     with pyft.backend("cpu"):
         y = problem_y(problem, 0.3)
     with pyft.backend("cuda"):
-        found = _grads(y, problem.leaves(), problem.dy)
-    for name, value in _grads(problem_y(problem, 0.3), problem.leaves(), problem.dy).items():
+        found = grads(y, problem.leaves(), problem.dy)
+    for name, value in grads(problem_y(problem, 0.3), problem.leaves(), problem.dy).items():
         assert torch.equal(value, found[name])
 
 
@@ -569,6 +518,37 @@ def test_any_shape(
     p: float,
 ) -> None:
     check_close(Problem(tuple(lead), n, k, r, dtype, quantized, bias), p)
+
+
+def of_norm(t: dict[str, Any], x: Tensor, norm_input: pyft.NormInput | None) -> list[Tensor]:
+    """The op as ``norm_input_cases`` calls it."""
+    weight, bias, a, b, scale = projection_of(t, "q")
+    return [pyft.lora_linear(x, weight, a, b, scale, bias, 0.3, SEED, norm_input)]
+
+
+def inputs_of_norm(
+    kind: str, frozen: str = "", dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    x = torch.randn(2, 40, 96).to(dtype)
+    return {"x": x, **linear("q", 48, 96, 5, dtype, kind, frozen=frozen)}
+
+
+@NORM_INPUT
+@pytest.mark.parametrize("frozen", ["", "a weight"])
+@pytest.mark.parametrize("kind", ["dense", "nf4", "columns"])
+def test_norm_input(kind: str, frozen: str, check: Any) -> None:
+    check(lambda **options: inputs_of_norm(kind, frozen, **options), of_norm)
+
+
+def test_too_little_room() -> None:
+    too_little_room_is_refused(lambda **options: inputs_of_norm("nf4", **options), of_norm)
+
+
+def test_norm_input_of_no_columns() -> None:
+    problem = Problem(3, 8, 0, 2)
+    told = pyft.NormInput(problem.x, None, 1e-6)
+    y = pyft.lora_linear(problem.x, problem.weight, problem.a, problem.b, norm_input=told)
+    assert (y == 0).all()
 
 
 X, W, A, B = torch.ones(2, 8), torch.ones(4, 8), torch.ones(3, 8), torch.ones(4, 3)

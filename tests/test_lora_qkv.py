@@ -18,13 +18,14 @@ from lora_cases import (
     linear,
     saved_bytes,
 )
-from norm_input_cases import NORM_INPUT, Normed
+from norm_input_cases import NORM_INPUT, Normed, too_little_room_is_refused
 from op_behaviours import BEHAVIOUR, check_autocast, check_refused, gradcheck
 from scratch_tools import buffer, counting, fresh_scratch  # noqa: F401
 from shapes import LINEAR_DTYPES, QUANTIZED_DTYPES, dtype_name
 from torch import Tensor
 
 import pyft
+from pyft.errors import UsageError
 from pyft.ops.qlinear import FUSED_ROWS
 from pyft.reference.lora_qkv import lora_qkv as reference
 
@@ -245,35 +246,53 @@ def test_small_scratch(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.nbytes <= 1 << 20
 
 
-def test_room_of_too_few_columns_is_refused() -> None:
-    normed = Normed(lambda **options: qkv(**CASES["mixed"], **options).inputs, called())
-    normed.tail = 14  # for ranks 3, 5 and 7
-    with pytest.raises(pyft.UsageError, match="lora_qkv: norm_input.buffer"):
-        normed.outputs("beside")
+def test_too_little_room() -> None:
+    too_little_room_is_refused(lambda **more: qkv(**CASES["mixed"], **more).inputs, called())
 
 
 X, W, A, B = torch.ones(2, 8), torch.ones(4, 8), torch.ones(3, 8), torch.ones(4, 3)
 GOOD = (W, None, A, B, 1.0)
-H = pyft.NormInput
-BAD: dict[str, tuple[Any, str]] = {
-    "x": (lambda: pyft.lora_qkv(X[:, :7], GOOD, GOOD, GOOD), r"lora_qkv: q_proj: x \(2, 7\) and weight \(4, 8\)"),
-    "k": (lambda: pyft.lora_qkv(X, GOOD, (W[:, :7], None, A, B, 1.0), GOOD), r"lora_qkv: k_proj: x \(2, 8\) and weight \(4, 7\)"),
-    "a of v": (lambda: pyft.lora_qkv(X, GOOD, GOOD, (W, None, A, B.t(), 1.0)), r"lora_qkv: v_proj: lora_a .*need \[R, 8\] and \[4, R\]"),
-    "only a": (lambda: pyft.lora_qkv(X, GOOD, (W, None, A, None, 1.0), GOOD), "k_proj: lora_a and lora_b go together; pass both"),
-    "bias": (lambda: pyft.lora_qkv(X, (W, W[0], A, B, 1.0), GOOD, GOOD), r"q_proj: bias \(8,\) does not fit weight"),
-    "dtype": (lambda: pyft.lora_qkv(X, (W.half(), None, A, B, 1.0), GOOD, GOOD), "q_proj: x is torch.float32 and weight is torch.float16; cast"),
-    "integers": (lambda: pyft.lora_qkv(X.int(), GOOD, GOOD, GOOD), "lora_qkv: q_proj: x is torch.int32"),
-    "device": (lambda: pyft.lora_qkv(X, (W.to("meta"), None, A, B, 1.0), GOOD, GOOD), "x is on cpu and weight on meta"),
-    "too few": (lambda: pyft.lora_qkv(X, GOOD[:4], GOOD, GOOD), r"q_proj must be \(weight, bias, lora_a, lora_b, scale\)"),
-    "a tensor": (lambda: pyft.lora_qkv(X, GOOD, W, GOOD), r"k_proj must be \(weight, bias"),
-    "p": (lambda: pyft.lora_qkv(X, GOOD, GOOD, GOOD, 1.0), r"lora_qkv: dropout probability 1.0 is outside \[0, 1\)"),
-    "h": (lambda: pyft.lora_qkv(X, GOOD, GOOD, GOOD, norm_input=H(X[:1], None, 1e-6)), r"norm_input.h is .*\(1, 8\) and x .*\(2, 8\); they must be alike"),
-    "dtype of h": (lambda: pyft.lora_qkv(X, GOOD, GOOD, GOOD, norm_input=H(X.half(), None, 1e-6)), "norm_input.h is torch.float16"),
-    "norm weight": (lambda: pyft.lora_qkv(X, GOOD, GOOD, GOOD, norm_input=H(X, W, 1e-6)), r"norm_input.weight \(4, 8\) does not fit x"),
-    "buffer": (lambda: pyft.lora_qkv(X, GOOD, GOOD, GOOD, norm_input=H(X, None, 1e-6, 0.0, torch.ones(2, 17))), "norm_input.buffer is not what x lies in"),
-}  # fmt: skip
+BAD: dict[str, tuple[tuple[Any, ...], str]] = {
+    "x": ((X[:, :7], GOOD, GOOD, GOOD), r"lora_qkv: q_proj: x \(2, 7\) and weight \(4, 8\)"),
+    "k": ((X, GOOD, (W[:, :7], None, A, B, 1.0), GOOD), r"lora_qkv: k_proj: x \(2, 8\) and weight"),
+    "v": (
+        (X, GOOD, GOOD, (W, None, A, B.t(), 1.0)),
+        r"v_proj: lora_a .*need \[R, 8\] and \[4, R\]",
+    ),
+    "only a": ((X, GOOD, (W, None, A, None, 1.0), GOOD), "k_proj: lora_a and lora_b go together"),
+    "bias": ((X, (W, W[0], A, B, 1.0), GOOD, GOOD), r"q_proj: bias \(8,\) does not fit weight"),
+    "dtype": (
+        (X, (W.half(), None, A, B, 1.0), GOOD, GOOD),
+        "q_proj: x is torch.float32 and weight",
+    ),
+    "integers": (
+        (X.int(), GOOD, GOOD, GOOD),
+        "lora_qkv: q_proj: x is torch.int32; pass a floating",
+    ),
+    "device": ((X, (W.to("meta"), *GOOD[1:]), GOOD, GOOD), "x is on cpu and weight on meta"),
+    "too few": (
+        (X, GOOD[:4], GOOD, GOOD),
+        r"q_proj must be \(weight, bias, lora_a, lora_b, scale\)",
+    ),
+    "a tensor": ((X, GOOD, W, GOOD), r"k_proj must be \(weight, bias"),
+    "p": ((X, GOOD, GOOD, GOOD, 1.0), r"lora_qkv: dropout probability 1.0 is outside \[0, 1\)"),
+}
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_refusals(what: str) -> None:
-    check_refused(*BAD[what])
+    arguments, message = BAD[what]
+    check_refused(lambda: pyft.lora_qkv(*arguments), message)
+
+
+def test_torch_func_is_refused() -> None:
+    x, w = torch.randn(3, 8), torch.randn(4, 8)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        given = (w, None, None, None, 1.0)
+        return sum(y.sum() for y in pyft.lora_qkv(x, given, given, given))  # type: ignore[return-value]
+
+    with pytest.raises(UsageError, match="torch.func"):
+        torch.func.grad(loss)(x)
+    with pyft.backend("reference"):
+        torch.testing.assert_close(torch.func.grad(loss)(x), 3 * w.sum(0).expand(3, 8))

@@ -203,7 +203,7 @@ def test_autocast_leaves_the_dtype_of_x() -> None:
 def test_float64_has_no_kernel(name: str) -> None:
     with (
         pyft.backend(name),
-        pytest.raises(pyft.UsageError, match="cannot run norm in torch.float64; use reference"),
+        pytest.raises(pyft.UsageError, match=r"cannot run norm in torch.float64; use reference"),
     ):
         norm(torch.float64).forward()
 
@@ -212,17 +212,26 @@ X, W = torch.ones(2, 8), torch.ones(8)
 META = torch.ones(8, device="meta")
 BAD: dict[str, tuple[Any, str]] = {
     "integers": (lambda: pyft.rms_norm(X.long(), W, 1e-6), r"rms_norm: x is torch.int64 \(2, 8\)"),
-    "scalar": (lambda: pyft.layer_norm(torch.ones(()), None, None, 1e-6), r"layer_norm: x is .*\(\)"),
+    "scalar": (
+        lambda: pyft.layer_norm(torch.ones(()), None, None, 1e-6),
+        r"layer_norm: x is .*\(\)",
+    ),
     "eps": (lambda: pyft.rms_norm(X, W, -1e-6), "rms_norm: eps is -1e-06; it must be 0 or more"),
     "nan": (lambda: pyft.rms_norm(X, W, float("nan")), "rms_norm: eps is nan"),
-    "weight": (lambda: pyft.rms_norm(X, W[:7], 1e-6), r"weight \(7,\) does not fit x \(2, 8\); need \(8,\)"),
+    "weight": (
+        lambda: pyft.rms_norm(X, W[:7], 1e-6),
+        r"weight \(7,\) does not fit x \(2, 8\); need \(8,\)",
+    ),
     "weight of rows": (lambda: pyft.rms_norm(X, X, 1e-6), r"weight \(2, 8\) does not fit"),
     "bias": (lambda: pyft.layer_norm(X, W, W[:3], 1e-6), r"layer_norm: bias \(3,\) does not fit"),
     "residual": (lambda: pyft.rms_norm(X, W, 1e-6, W), r"residual \(8,\) does not fit x \(2, 8\)"),
-    "dtypes": (lambda: pyft.rms_norm(X, W, 1e-6, X.half()), "x is torch.float32 and residual is torch.float16; cast"),
+    "dtypes": (
+        lambda: pyft.rms_norm(X, W, 1e-6, X.half()),
+        "x is torch.float32 and residual is torch.float16; cast",
+    ),
     "device": (lambda: pyft.rms_norm(X, META, 1e-6), "x is on cpu and weight on meta; move one"),
     "tail": (lambda: pyft.rms_norm(X, W, 1e-6, tail=-1), "rms_norm: tail is -1"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BAD)

@@ -10,6 +10,7 @@ from shapes import LINEAR_DTYPES, QUANTIZED_DTYPES, dtype_name
 from torch import Tensor
 
 import pyft
+from pyft.errors import UsageError
 from pyft.reference.rope import rope as reference
 
 DTYPE = pytest.mark.parametrize("dtype", QUANTIZED_DTYPES, ids=dtype_name)
@@ -176,7 +177,7 @@ def test_angles_get_no_gradient() -> None:
     call = rope()
     call.inputs["cos"].requires_grad_()
     y = call.forward()[0]
-    with pytest.raises(RuntimeError, match="not have been used|not require grad"):
+    with pytest.raises(RuntimeError, match=r"not have been used|not require grad"):
         torch.autograd.grad(y.sum(), call.inputs["cos"])
 
 
@@ -217,24 +218,56 @@ AT = torch.zeros(2, 3, dtype=torch.int64)
 BAD: dict[str, tuple[Any, str]] = {
     "q": (lambda: pyft.rope(Q[0], None, COS, COS), r"rope: q is torch.float32 \(4, 3, 8\); pass"),
     "integers": (lambda: pyft.rope(Q.int(), None, COS, COS), "rope: q is torch.int32"),
-    "k": (lambda: pyft.rope(Q, K[:, :, :2], COS, COS), r"k \(2, 1, 2, 8\) does not fit q .*\[2, H, 3, 8\]"),
+    "k": (
+        lambda: pyft.rope(Q, K[:, :, :2], COS, COS),
+        r"k \(2, 1, 2, 8\) does not fit q .*\[2, H, 3, 8\]",
+    ),
     "batch of k": (lambda: pyft.rope(Q, K[:1], COS, COS), r"k \(1, 1, 3, 8\) does not fit q"),
-    "dtype of k": (lambda: pyft.rope(Q, K.half(), COS, COS), "q is torch.float32 and k is torch.float16; cast"),
+    "dtype of k": (
+        lambda: pyft.rope(Q, K.half(), COS, COS),
+        "q is torch.float32 and k is torch.float16; cast",
+    ),
     "sin": (lambda: pyft.rope(Q, K, COS, COS[..., :3]), r"cos .*\(1, 3, 4\) and sin .*\(1, 3, 3\)"),
-    "dtype of sin": (lambda: pyft.rope(Q, K, COS, COS.half()), "cos torch.float32 .* and sin torch.float16"),
+    "dtype of sin": (
+        lambda: pyft.rope(Q, K, COS, COS.half()),
+        "cos torch.float32 .* and sin torch.float16",
+    ),
     "integer angles": (lambda: pyft.rope(Q, K, COS.int(), COS.int()), "must be floating tensors"),
-    "tokens": (lambda: pyft.rope(Q, K, COS[:, :2], COS[:, :2]), r"cos \(1, 2, 4\) does not fit q .*\[2 or 1, 3, R/2\]"),
-    "batch": (lambda: pyft.rope(Q, K, COS.repeat(3, 1, 1), COS.repeat(3, 1, 1)), r"cos \(3, 3, 4\) does not fit"),
+    "tokens": (
+        lambda: pyft.rope(Q, K, COS[:, :2], COS[:, :2]),
+        r"cos \(1, 2, 4\) does not fit q .*\[2 or 1, 3, R/2\]",
+    ),
+    "batch": (
+        lambda: pyft.rope(Q, K, COS.repeat(3, 1, 1), COS.repeat(3, 1, 1)),
+        r"cos \(3, 3, 4\) does not fit",
+    ),
     "too many": (lambda: pyft.rope(Q, K, torch.ones(1, 3, 5), torch.ones(1, 3, 5)), "with R <= 8"),
     "no angle": (lambda: pyft.rope(Q, K, COS[..., :0], COS[..., :0]), "does not fit q"),
     "no table": (lambda: pyft.rope(Q, K, COS, COS, AT), r"need \[P, R/2\] with R <= 8"),
     "no positions": (lambda: pyft.rope(Q, K, COS[0], COS[0]), r"cos \(3, 4\) does not fit q"),
-    "positions": (lambda: pyft.rope(Q, K, COS[0], COS[0], AT[:1]), r"positions are torch.int64 \(1, 3\); need integers \(2, 3\)"),
-    "floating positions": (lambda: pyft.rope(Q, K, COS[0], COS[0], AT.float()), "positions are torch.float32"),
-    "device": (lambda: pyft.rope(Q, K, COS.to("meta"), COS.to("meta")), "q is on cpu and cos on meta; move one"),
-}  # fmt: skip
+    "positions": (
+        lambda: pyft.rope(Q, K, COS[0], COS[0], AT[:1]),
+        r"positions are torch.int64 \(1, 3\); need integers \(2, 3\)",
+    ),
+    "floating positions": (
+        lambda: pyft.rope(Q, K, COS[0], COS[0], AT.float()),
+        "positions are torch.float32",
+    ),
+    "device": (
+        lambda: pyft.rope(Q, K, COS.to("meta"), COS.to("meta")),
+        "q is on cpu and cos on meta; move one",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_refusals(what: str) -> None:
     check_refused(*BAD[what])
+
+
+@pytest.mark.parametrize("wrong", [-1, 9])
+def test_positions_outside_the_tables(wrong: int) -> None:
+    q, table = torch.randn(1, 2, 3, 8), torch.randn(9, 4)
+    positions = torch.tensor([[0, 8, wrong]])
+    with pytest.raises(UsageError, match=r"positions reach from .*rows 0 to 8"):
+        pyft.rope(q, None, table, table, positions)

@@ -12,6 +12,8 @@ from pyft.backend import BACKENDS, PREFERENCE, obstacle, select
 from pyft.bench.problem import Call, Candidate, Check, Request
 from pyft.errors import UsageError
 
+VARIANTS = ("forward", "backward", "forward+backward")  # of ``gradients``
+
 
 def resolve(names: Sequence[str], op: str, device: torch.device) -> list[str]:
     """The backends that run ``op`` on ``device``: "auto" is the one chosen there, "all" each one.
@@ -83,4 +85,4 @@ def gradients(
 
         return Call(lambda: torch.autograd.grad(function(*inputs), inputs, dy), outputs)
 
-    return {"forward": forward, "backward": backward, "forward+backward": both}
+    return dict(zip(VARIANTS, (forward, backward, both), strict=True))

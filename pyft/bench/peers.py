@@ -6,11 +6,12 @@ copies it does not need. One that fails is reported with its reason.
 
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PACKAGES = ("torch", "bitsandbytes", "torchao", "peft")
+PACKAGES = ("torch", "bitsandbytes", "torchao", "peft", "transformers", "liger-kernel")
 
 
 def version(package: str) -> str | None:
@@ -27,6 +28,11 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def installed(module: str) -> bool:
+    """Whether a module is there to be imported."""
+    return importlib.util.find_spec(module) is not None
 
 
 def load(module: str) -> ModuleType:
@@ -91,19 +97,42 @@ def torchao_linear(x: Tensor, weight: Any) -> Tensor:
 
 def peft_lora(base: torch.nn.Module, a: Tensor, b: Tensor, scale: float) -> torch.nn.Module:
     """PEFT's LoRA layer around a frozen linear, torch's or bitsandbytes', with adapters a and b."""
-    peft = load("peft")
-    model: Any = torch.nn.Sequential(base)
-    model.is_loaded_in_4bit = hasattr(base.weight, "quant_state")
+    model = torch.nn.Sequential(base)
+    add_peft_lora(model, {"0": (a, b)}, scale)
+    return model[0]
+
+
+def add_peft_lora(
+    model: torch.nn.Module, adapters: Mapping[str, tuple[Tensor, Tensor]], scale: float
+) -> list[torch.nn.Parameter]:
+    """Put PEFT's LoRA layers around the named linears of a model, in place.
+
+    Returns:
+        Copies of a and b of each, one after another: the layers' parameters.
+    """
+    peft: Any = load("peft")
+    marked: Any = model  # transformers says so of a model whose linears are bitsandbytes'
+    marked.is_loaded_in_4bit = any(hasattr(p, "quant_state") for p in model.parameters())
+    rank = len(next(iter(adapters.values()))[0])
     config = peft.LoraConfig(
-        r=len(a), lora_alpha=scale * len(a), target_modules=["0"], init_lora_weights=False
+        r=rank, lora_alpha=scale * rank, target_modules=list(adapters), init_lora_weights=False
     )
     with quiet():
-        wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-    layer: Any = wrapped.base_model.model[0]
-    layer.lora_A["default"].weight = torch.nn.Parameter(a.detach().clone())
-    layer.lora_B["default"].weight = torch.nn.Parameter(b.detach().clone())
-    found: torch.nn.Module = layer
-    return found
+        peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    parameters = []
+    for name, pair in adapters.items():
+        layer: Any = model.get_submodule(name)
+        for part, value in zip((layer.lora_A, layer.lora_B), pair, strict=True):
+            part["default"].weight = torch.nn.Parameter(value.detach().clone())
+            parameters.append(part["default"].weight)
+    return parameters
+
+
+def torch_linear(w: Tensor) -> torch.nn.Module:
+    """torch's linear over a frozen w [N, K], plain or quantized by pyft."""
+    linear = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(w, requires_grad=False)
+    return linear
 
 
 def bnb_linear(w: Tensor, format: str) -> torch.nn.Module:
@@ -118,3 +147,14 @@ def bnb_linear(w: Tensor, format: str) -> torch.nn.Module:
     )
     moved: torch.nn.Module = linear.to(w.device)
     return moved
+
+
+def compiled(module: torch.nn.Module, x: Tensor) -> torch.nn.Module:
+    """The module compiled by torch for inputs like x, so that its backward can run repeatedly."""
+    torch.compiler.reset()  # what was compiled before does not count against the limit
+    found: Any = torch.compile(module, dynamic=False)
+    functorch: Any = load("torch._functorch.config")
+    with functorch.patch(donated_buffer=False):  # else a graph lets go of what it saved
+        found(x)
+    wrapped: torch.nn.Module = found
+    return wrapped

@@ -20,7 +20,7 @@ from pyft.bench.memory import peak_bytes
 from pyft.bench.problem import DTYPES, Candidate, Case, Problem, Request
 from pyft.bench.problems import OPS
 from pyft.bench.timing import Broken, Clock, Samples, clock_for, interleave, ratios, spread, taken
-from pyft.errors import UsageError
+from pyft.errors import PyftError, UsageError
 from pyft.formats import FORMATS
 
 Row = dict[str, Any]
@@ -70,7 +70,7 @@ def run(
         for _ in OPS[case.op].variants:
             try:
                 problem = next(problems)
-            except (RuntimeError, ImportError) as error:  # no memory, or an op not built
+            except (RuntimeError, ImportError, PyftError) as error:  # no memory, an op not built
                 yield [_result(case, "", {}) | {"status": FAILED, "reason": _line(error)}]
                 break
             rows, spent = measure(problem, request, clock, max(0.0, budget / left))

@@ -4,6 +4,7 @@ N out features, K in features, M tokens. A layer's weight is [N, K], as in ``tor
 Source: the configurations published with each model.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class Model:
     queries: int
     keys: int
     layers: int
+    head_dim: int = 128
 
     @property
     def size(self) -> str:
@@ -46,11 +48,11 @@ class Model:
 MODELS: dict[str, Model] = {
     model.name: model
     for model in (
-        Model("Llama-3.2-1B", 2048, 8192, 2048, 512, 16),
-        Model("Gemma-2-2B", 2304, 9216, 2048, 1024, 26),
+        Model("Llama-3.2-1B", 2048, 8192, 2048, 512, 16, 64),
+        Model("Gemma-2-2B", 2304, 9216, 2048, 1024, 26, 256),
         Model("Llama-3.2-3B", 3072, 8192, 3072, 1024, 28),
         Model("Llama-3.1-8B", 4096, 14336, 4096, 1024, 32),
-        Model("Gemma-2-9B", 3584, 14336, 4096, 2048, 42),
+        Model("Gemma-2-9B", 3584, 14336, 4096, 2048, 42, 256),
         Model("Qwen2.5-14B", 5120, 13824, 5120, 1024, 48),
         Model("Qwen2.5-32B", 5120, 27648, 5120, 1024, 64),
         Model("Llama-3.1-70B", 8192, 28672, 8192, 1024, 80),
@@ -84,6 +86,7 @@ SETS: dict[str, tuple[tuple[str, str], ...]] = {
     "all": tuple((model, linear) for model in MODELS for linear in LINEARS),
 }
 DEFAULT_TOKENS = {"cpu": (16, 512, 2048), "gpu8": (16, 2048), "gpu24": (16, 2048, 8192)}
+DEFAULT_MODEL = {"cpu": "Llama-3.2-1B", "gpu8": "Llama-3.1-8B", "gpu24": "Llama-3.1-8B"}
 
 
 def default_layers(machine: str) -> list[Layer]:
@@ -94,6 +97,20 @@ def default_layers(machine: str) -> list[Layer]:
 def default_tokens(machine: str) -> tuple[int, ...]:
     """The token counts measured when none are named."""
     return DEFAULT_TOKENS[machine]
+
+
+def models_of(layers: Sequence[Layer], machine: str) -> list[Model]:
+    """The models that layers are of, each once; the machine's default for no layers.
+
+    A shape N x K given by hand is the gate and the queries of a model, whose keys are a quarter.
+    """
+    found = [MODELS[layer.model] if layer.model else _of_hand(layer) for layer in layers]
+    return list(dict.fromkeys(found or [MODELS[DEFAULT_MODEL[machine]]]))
+
+
+def _of_hand(layer: Layer) -> Model:
+    keys = max(1, layer.n // 4)
+    return Model("", layer.k, layer.n, layer.n, keys, 1, math.gcd(keys, 64))
 
 
 def parse_layers(shapes: str | None, explicit: Sequence[str] = ()) -> list[Layer]:

@@ -1,10 +1,10 @@
 """Kernel parity of a run: the fused ops of the trained model against the reference, on one real
 batch.
 
-For the first layer of each kind (q_proj, down_proj, ...) that the batch runs through, its input and
-output gradient are recorded; the fused op, the reference in the same dtype and the reference in
-float64 (the truth) then run on them. Fused layers that text never reaches, such as those of a
-vision tower, are left out. A quantity passes when
+For the first linear of each kind (q_proj, down_proj, ...) and the first gated MLP that the batch
+runs through, input and output gradient are recorded; the fused op, the reference in the same dtype
+and the reference in float64 (the truth) then run on them. Fused layers that text never reaches,
+such as those of a vision tower, are left out. A quantity passes when
 
     max|fused - truth| <= 2 max|reference - truth| + 4 ulp of its largest value
 """
@@ -26,15 +26,19 @@ ULPS = 4
 
 
 def parity(loaded: Any, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Compare one fused LoRA linear of each kind; see the module. ``batch`` is int64 [B, S]
-    tensors, as in training.
+    """Compare one fused LoRA linear of each kind and one fused MLP; see the module. ``batch`` is
+    int64 [B, S] tensors, as in training.
 
     Returns rows {"op", "module", "backend", "quantity", "max_error", "allowed", "passed"}; empty
     when no fused layer ran.
     """
-    from pyft.integrations.peft import is_fused
+    from pyft.integrations.linears import FusedLinear
+    from pyft.integrations.mlps import FusedMLP
 
-    layers = {name: module for name, module in loaded.model.named_modules() if is_fused(module)}
+    fused = (FusedLinear, FusedMLP)
+    layers = {
+        name: module for name, module in loaded.model.named_modules() if isinstance(module, fused)
+    }
     if not layers:
         return []
     device = next(loaded.model.parameters()).device
@@ -48,8 +52,9 @@ def parity(loaded: Any, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
     for name in (name for name in layers if name in records):
         x, dy = records[name]
         for quantity, error, allowed in _compare(layers[name], x, dy):
-            backend = select("lora_linear", x.device)
-            found = {"op": "lora_linear", "module": name, "backend": backend, "quantity": quantity}
+            op = "lora_mlp" if isinstance(layers[name], FusedMLP) else "lora_linear"
+            backend = select(op, x.device)
+            found = {"op": op, "module": name, "backend": backend, "quantity": quantity}
             rows.append(
                 {**found, "max_error": error, "allowed": allowed, "passed": error <= allowed}
             )
@@ -87,28 +92,57 @@ def _recording(layers: dict[str, Any]) -> Iterator[dict[str, tuple[Tensor, Tenso
             handle.remove()
 
 
-def _compare(layer: Any, x: Tensor, dy: Tensor) -> Iterator[tuple[str, float, float]]:
-    base = layer.get_base_layer()
-    name = next(name for name in layer.active_adapters if name in layer.lora_A)
-    a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
-
-    def run(backend: str, dtype: torch.dtype) -> list[Tensor]:
-        def cast(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(x.dtype).to(dtype)
-
-        weight = base.weight.detach()
-        if dtype == torch.float64:
-            dense = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
-            weight = cast(dense)
-        inputs = [cast(tensor).requires_grad_() for tensor in (x, a, b)]
-        bias = None if base.bias is None else cast(base.bias)
-        with pyft.backend(backend):
-            x_, a_, b_ = inputs
-            y = pyft.lora_linear(x_, weight, a_, b_, layer.scaling[name], bias)
-            return [y.detach(), *torch.autograd.grad(y, inputs, cast(dy))]
-
+def _compare(module: Any, x: Tensor, dy: Tensor) -> Iterator[tuple[str, float, float]]:
+    run = _runs_of(module, x, dy)
     results = (run("auto", x.dtype), run("reference", x.dtype), run("reference", torch.float64))
-    for quantity, fused, reference, truth in zip(("y", "dX", "dA", "dB"), *results, strict=True):
+    for quantity, truth in results[2].items():
+        fused, reference = results[0][quantity], results[1][quantity]
         ulp = torch.finfo(x.dtype).eps * truth.abs().max().item()
         allowed = 2 * (reference - truth).abs().max().item() + ULPS * ulp
         yield quantity, (fused - truth).abs().max().item(), allowed
+
+
+def _runs_of(module: Any, x: Tensor, dy: Tensor) -> Callable[[str, torch.dtype], dict[str, Tensor]]:
+    """A function of a backend and a dtype: the output and the gradients, adapters' one after
+    another.
+    """
+    from pyft.integrations.linears import adapted
+
+    gated = getattr(module, "_pyft_gated", None)
+    linears = [module]
+    if gated is not None:
+        linears = [getattr(module, name) for name in gated[:3] if name is not None]
+    given = [adapted(linear, x) for linear in linears]
+
+    def run(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.detach().to(x.dtype).to(dtype)
+
+        leaves: dict[str, list[Tensor]] = {"dX": [cast(x).requires_grad_()], "dA": [], "dB": []}  # type: ignore[union-attr]
+        projections = []
+        for linear in given:
+            assert linear is not None  # or the module would not have run fused
+            weight, bias, a, b, scale = linear.projection
+            if dtype == torch.float64:
+                dense = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+                weight = cast(dense)
+            adapter = [cast(part) for part in (a, b)]
+            for name, part in zip(("dA", "dB"), adapter, strict=True):
+                if part is not None:
+                    leaves[name].append(part.requires_grad_())
+            projections.append((weight, cast(bias), *adapter, scale))
+        with pyft.backend(backend):
+            (of_x,) = leaves["dX"]
+            if gated is None:
+                weight, bias, a, b, scale = projections[0]
+                y = pyft.lora_linear(of_x, weight, a, b, scale, bias)
+            else:
+                up = projections[1] if len(projections) == 3 else None
+                y = pyft.lora_mlp(of_x, projections[0], up, projections[-1], gated.activation)
+            wanted = [leaf for group in leaves.values() for leaf in group]
+            found = iter(torch.autograd.grad(y, wanted, cast(dy)))
+        gradients = {name: [next(found) for _ in group] for name, group in leaves.items()}
+        together = {k: torch.cat([g.flatten() for g in v]) for k, v in gradients.items() if v}
+        return {"y": y.detach(), **together}
+
+    return run

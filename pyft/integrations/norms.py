@@ -147,11 +147,15 @@ class FusedRotary(Fused):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own."""
-        return _with_rope(type(self).plain)(self, *args, **kwargs)
+        plain = type(self).plain
+        forward = _TURNING.get(plain) or with_rope(plain)
+        return forward(self, *args, **kwargs)
 
 
-@cache
-def _with_rope(plain: Any) -> Callable[..., Any]:
+_TURNING: dict[Any, Callable[..., Any]] = {}  # a module's own class -> its forward with rope
+
+
+def with_rope(plain: Any) -> Callable[..., Any]:
     """The class's forward with another ``apply_rotary_pos_emb`` among its globals."""
     forward: Any = plain.forward
     original = forward.__globals__[_ROTARY]
@@ -163,6 +167,7 @@ def _with_rope(plain: Any) -> Callable[..., Any]:
         forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
     )
     copy.__kwdefaults__ = forward.__kwdefaults__
+    _TURNING[plain] = copy
     return copy
 
 
@@ -176,10 +181,12 @@ def _rotary(original: Callable[..., Any], style: Style) -> Callable[..., Any]:
         plain = not args and not kwargs and q.dim() == 4 and cos.dim() == 3
         if plain and q.dtype == k.dtype == cos.dtype and cos.shape[-1] <= q.shape[-1]:
             (cos_once, cos_again), (sin_once, sin_again) = style.angles(cos), style.angles(sin)
-            if not (twice or torch.compiler.is_compiling() or is_fake(cos)):
+            if not twice and not torch.compiler.is_compiling():
+                if is_fake(cos):  # without numbers to look at it is traced as if they did
+                    return rope(q, k, cos_once, sin_once, interleaved=style.interleaved)
                 same = torch.equal(cos_once, cos_again) and torch.equal(sin_once, sin_again)
                 twice.append(same)
-            if (twice and twice[0]) or is_fake(cos):  # fake tensors: traced as if they did
+            if twice and twice[0]:
                 return rope(q, k, cos_once, sin_once, interleaved=style.interleaved)
         return original(q, k, cos, sin, *args, **kwargs)
 

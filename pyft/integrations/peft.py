@@ -30,6 +30,7 @@ from pyft.integrations.norms import (
     kind_of_norm,
     rotary_of,
     style_of_rotary,
+    with_rope,
 )
 from pyft.quantized import QuantizedTensor
 
@@ -173,6 +174,7 @@ def _attentions(model: nn.Module) -> Iterator[Applied]:
                 yield Applied(name, f"the rotary embedding of {plain_class(module).__name__}", why)
             else:
                 fuse(module, FusedRotary)
+                with_rope(plain_class(module))
                 pairs = "interleaved" if style.interleaved else "halves"
                 yield Applied(f"{name} rotary embedding", f"pyft.rope ({pairs})")
 

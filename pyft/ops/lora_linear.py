@@ -58,7 +58,7 @@ def lora_linear(
     x, cast = entering(x)
     projection = as_projection("lora_linear", x, weight, bias, lora_a, lora_b, scale, cast)
     check_probability("lora_linear", dropout_p)
-    norm_input = checked_norm_input("lora_linear", x, norm_input, cast)
+    norm_input = checked_norm_input("lora_linear", x, norm_input, cast, projection.rank)
     drawn = as_seed(seed) if dropout_p > 0 and lora_a is not None else None
     name = chosen()
     if name == "reference":
@@ -90,6 +90,9 @@ def as_projection(
     cast: bool,
 ) -> Projection:
     """The checked arguments as an op takes them; ``cast``: a dense weight takes x's dtype."""
+    if not isinstance(weight, Tensor) or not isinstance(scale, (int, float)):
+        kinds = f"{type(weight).__name__} and {type(scale).__name__}"
+        raise UsageError(f"{op}: weight and scale are {kinds}; pass a tensor and a number")
     if cast and not isinstance(weight, QuantizedTensor):
         weight = weight.to(x.dtype)
     _check(op, x, weight, lora_a, lora_b, bias)

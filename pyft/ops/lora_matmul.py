@@ -71,6 +71,8 @@ def product(
         return
     if accumulate:
         out.addmm_(x, w)
+        if bias is not None:
+            out.add_(bias)
     elif bias is None:
         torch.mm(x, w, out=out)
     else:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyft.backend import backend, chosen, implementation, select
 from pyft.errors import UsageError
-from pyft.op import Op, Primitive, plain
+from pyft.op import Op, Primitive
 from pyft.ops import glu, norm
 from pyft.ops.dropout import Dropout, as_seed, check_probability
 from pyft.ops.lora_linear import entering
@@ -32,6 +32,7 @@ from pyft.ops.shared.group import (
     checked_norm_input,
     fields_of,
     needs_of,
+    origin_of,
     spread,
     statics_of,
     tensors_of,
@@ -285,7 +286,6 @@ def lora_mlp(
     """
     x, cast = entering(x)
     check_probability("lora_mlp", dropout_p)
-    norm_input = checked_norm_input("lora_mlp", x, norm_input, cast)
     if activation not in glu.ACTIVATIONS:
         raise UsageError(
             f"lora_mlp: activation {activation!r} is not one of {', '.join(glu.ACTIVATIONS)}"
@@ -301,6 +301,8 @@ def lora_mlp(
             f"lora_mlp: gate gives {rows} features and up {two or 'is None'}; "
             "they must give equally many, and a gate alone an even number"
         )
+    ranks = sum(p.rank for p in projections)
+    norm_input = checked_norm_input("lora_mlp", x, norm_input, cast, ranks)
     i = _width(projections)
     projections.append(given_projection("lora_mlp: down", x.new_empty(0, i), down, cast))
     drawn = as_seed(seed) if dropout_p > 0 else None
@@ -316,10 +318,7 @@ def lora_mlp(
     fields = [field for projection in projections for field in projection]
     origin: tuple[Any, ...] = (None, None, 0.0, 0.0, None)
     if norm_input is not None:
-        h, weight, eps, offset, buffer = norm_input
-        weight = None if weight is None else weight.detach().to(x.dtype)
-        buffer = buffer if plain((x, h)) else None
-        origin = (as_rows(h).detach(), weight, float(eps), float(offset), buffer)
+        origin = origin_of(x, norm_input)
     static = (drawn, float(dropout_p), activation, name)
     y: Tensor = _lora_mlp(as_rows(x), *fields, *origin, recompute, *static)[0]
     return y.view(*x.shape[:-1], y.shape[1])

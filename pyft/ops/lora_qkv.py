@@ -48,7 +48,9 @@ def lora_qkv(
     given = zip(("q_proj", "k_proj", "v_proj"), (q_proj, k_proj, v_proj), strict=True)
     projections = [given_projection(f"lora_qkv: {what}", x, p, cast) for what, p in given]
     check_probability("lora_qkv", dropout_p)
-    norm_input = checked_norm_input("lora_qkv", x, norm_input, cast)
+    norm_input = checked_norm_input(
+        "lora_qkv", x, norm_input, cast, sum(p.rank for p in projections)
+    )
     drawn = as_seed(seed) if dropout_p > 0 else None
     if chosen() == "reference":
         reference = implementation("lora_qkv", "reference").lora_qkv

@@ -237,7 +237,7 @@ def _backward(
     )
     return (
         dx,
-        dx if ctx.summed else None,
+        dx.clone() if ctx.summed else None,  # two leaves' gradients may not be one tensor
         dweight if ctx.needs[0] else None,
         dbias if ctx.needs[1] else None,
         *(None,) * 5,
@@ -264,7 +264,8 @@ def rms_norm(
         eps: added to the mean square.
         residual: [..., D] of x's dtype, added to x first; the sum is returned too.
         offset: added to the weight: 1 for Gemma's norms, whose weights are stored around 0.
-        tail: the rows returned are D of D + tail columns of a buffer, see ``pyft.lora_qkv``.
+        tail: 0 or more; the rows returned are D of D + tail columns of a buffer, which
+            ``pyft.NormInput`` gives to an op.
 
     Returns:
         y [..., D], or with a residual (y, x + residual).
@@ -305,8 +306,9 @@ def _checked(
 ) -> Tensor | tuple[Tensor, Tensor]:
     if x.dim() < 1 or not x.is_floating_point():
         raise UsageError(f"{op}: x is {x.dtype} {tuple(x.shape)}; pass a floating tensor [..., D]")
-    if not eps >= 0.0:
-        raise UsageError(f"{op}: eps is {eps}; it must be 0 or more")
+    for what, value in (("eps", eps), ("tail", tail)):
+        if not value >= 0:
+            raise UsageError(f"{op}: {what} is {value}; it must be 0 or more")
     for what, tensor, shape in (
         ("weight", weight, x.shape[-1:]), ("bias", bias, x.shape[-1:]),
         ("residual", residual, x.shape),
@@ -328,6 +330,8 @@ def _checked(
     name = chosen()
     if name == "reference":
         y, h = _reference(x, residual, weight, bias, eps, offset, centered)
+        if tail:
+            y = torch.nn.functional.pad(y, (0, tail)).narrow(-1, 0, x.shape[-1])
     else:
         rows = as_rows(x)
         more = None if residual is None else as_rows(residual)

@@ -79,10 +79,11 @@ def forward(
         if low is None or columns is not None or dtype != x.dtype:
             wide = None
         x = x if columns is None else x.index_select(1, columns)
-        for begin, end in slabs(rows, cols, dtype):
+        tail = 0 if wide is None else wide.tail
+        for begin, end in slabs(rows, cols + tail, dtype):
             to, part_bias = y[:, begin:end], None if bias is None else bias[begin:end]
             part_low = None if low is None else low.columns(begin, end)
-            with w.slab((begin, end, 0, cols), dtype, 0 if wide is None else wide.tail) as part:
+            with w.slab((begin, end, 0, cols), dtype, tail) as part:
                 if wide is not None and part_low is not None:
                     wide.fill(part, part_low)
                     product(wide.buffer, part.t(), None, part_bias, to)

@@ -1,7 +1,16 @@
 """What `pyft bench` can measure, by name. A new op is one file here and one line in ``OPS``."""
 
 from pyft.bench.problem import Op
-from pyft.bench.problems import dropout, linear, optim, quantize
+from pyft.bench.problems import (
+    ablation,
+    decoder,
+    dropout,
+    layers,
+    linear,
+    lora,
+    optim,
+    quantize,
+)
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -10,6 +19,16 @@ OPS: dict[str, Op] = {
         quantize.QUANTIZE,
         linear.QLINEAR,
         linear.LORA_LINEAR,
+        lora.LORA_QKV,
+        lora.LORA_MLP,
+        decoder.DECODER_LAYER,
+        layers.RMS_NORM,
+        layers.LAYER_NORM,
+        layers.ROPE,
+        layers.SWIGLU,
+        layers.GEGLU,
+        ablation.LORA_MATMUL,
+        ablation.SKINNY,
         dropout.DROPOUT,
         optim.ADAMW8BIT,
     )

@@ -1,14 +1,14 @@
 """Norms, rotary embeddings and gated activations: what a layer does between its matmuls.
 
     rms_norm, layer_norm    y, dX and dweight of x [M, D]
-    rope                    q [1, H, M, 128] and k with a quarter of the heads, H = K / 128
-    swiglu, geglu           gate and up [M, N]
+    rope                    q [1, H, M, 128] and k [1, Hkv, M, 128], H = K / 128, Hkv = H / 4
+    swiglu, geglu           gate and up [M, D]
 
 All are bound by memory: the least work is each tensor read or written once, the ceiling a copy.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,122 +16,175 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pyft
-from pyft.bench.backends import gradients, on_backends
+from pyft.bench import peers
+from pyft.bench.backends import VARIANTS, gradients, on_backends
 from pyft.bench.problem import (
+    Call,
     Candidate,
     Case,
+    Check,
     Op,
     Problem,
     Request,
     Work,
     close,
-    rows_checked,
 )
+from pyft.bench.problems.truths import part_of, truths
 from pyft.bench.problems.weights import random
 from pyft.bench.shapes import default_layers, default_tokens
 
 EPS = 1e-6
 HEAD_DIM = 128
 QUERY_GROUP = 4  # query heads of one key head
-VARIANTS = ("forward", "backward", "forward+backward")
+ROPE_BASE = 1e4
+BACKEND_OPS = {
+    "rms_norm": "norm",
+    "layer_norm": "norm",
+    "rope": "rope",
+    "swiglu": "glu",
+    "geglu": "glu",
+}
 Function = Callable[..., Any]
+Inputs = tuple[list[Tensor], list[Tensor]]  # and the gradients of the outputs
 
 
-def bytes_moved(op: str, m: int, width: int, itemsize: int) -> dict[str, int]:
-    """Of activations, each variant: the least there is."""
-    row = m * width * itemsize
-    if "norm" in op:  # x, y; dy, x, dx
-        forward, backward = 2 * row, 3 * row
-    elif op == "rope":  # q and k in and out, cos and sin
-        heads = row + row // QUERY_GROUP
-        forward = backward = 2 * heads + m * HEAD_DIM * itemsize
+def layer_work(op: str, sizes: dict[str, int], itemsize: int) -> dict[str, Work]:
+    """Work of each variant: activations, and the tables of rope."""
+    m = sizes["M"]
+    if op == "rope":  # q and k in and out, cos and sin
+        row = sizes["H"] * HEAD_DIM
+        forward = backward = 2 * m * (row + sizes["Hkv"] * HEAD_DIM) + m * HEAD_DIM
+    elif BACKEND_OPS[op] == "norm":  # x, y; dy, x, dx
+        row = sizes["D"]
+        forward, backward = 2 * m * row, 3 * m * row
     else:  # gate, up, y; dy, gate, up, dgate, dup
-        forward, backward = 3 * row, 5 * row
-    return {"forward": forward, "backward": backward, "forward+backward": forward + backward}
+        row = sizes["D"]
+        forward, backward = 3 * m * row, 5 * m * row
+    elements = dict(zip(VARIANTS, (forward, backward, forward + backward), strict=True))
+    return {name: Work(count * itemsize, 0, m * row * itemsize) for name, count in elements.items()}
 
 
 def _cases(op: str, request: Request) -> list[Case]:
     layers = request.layers or default_layers(request.machine)[-1:]
-    wide = op in ("swiglu", "geglu")
-    widths = {layer.n if wide else layer.k: layer for layer in layers}
+    gated = BACKEND_OPS[op] == "glu"
+    widths = {layer.n if gated else layer.k: layer for layer in layers}
     return [
-        Case(op, dtype, layer, {"M": m, "D": width})
+        Case(op, dtype, layer, {"M": m, **_width(op, width)})
         for width, layer in widths.items()
         for m in request.tokens or default_tokens(request.machine)[-1:]
         for dtype in request.dtypes or ("bf16",)
     ]
 
 
+def _width(op: str, width: int) -> dict[str, int]:
+    if op != "rope":
+        return {"D": width}
+    heads = max(1, width // HEAD_DIM)
+    return {"H": heads, "Hkv": max(1, heads // QUERY_GROUP), "D": HEAD_DIM}
+
+
+def _norm_inputs(case: Case, request: Request) -> Inputs:
+    shape = (case.sizes["M"], case.sizes["D"])
+    x, dy = (_random(case, request, shape, name) for name in ("x", "dy"))
+    return [x, 1 + 0.1 * _random(case, request, shape[1:], "weight")], [dy]
+
+
+def _rope_inputs(case: Case, request: Request) -> Inputs:
+    shapes = [(1, case.sizes["M"], case.sizes[heads], HEAD_DIM) for heads in ("H", "Hkv")]
+    q, k, dq, dk = (
+        _random(case, request, shape, name).transpose(1, 2)
+        for names in (("q", "k"), ("dq", "dk"))
+        for shape, name in zip(shapes, names, strict=True)
+    )
+    return [q, k], [dq, dk]
+
+
+def _glu_inputs(case: Case, request: Request) -> Inputs:
+    shape = (case.sizes["M"], case.sizes["D"])
+    gate, up, dy = (_random(case, request, shape, name) for name in ("gate", "up", "dy"))
+    return [gate, up], [dy]
+
+
+def _random(case: Case, request: Request, shape: tuple[int, ...], name: str) -> Tensor:
+    return random(shape, case, request.device, name)
+
+
+INPUTS = {"norm": _norm_inputs, "rope": _rope_inputs, "glu": _glu_inputs}
+
+
 def _problems(
-    op: str, ours: Function, plain: Function, peers: dict[str, Function], case: Case,
+    op: str,
+    ours: Function,
+    plain: Function,
+    others: dict[str, Function],
+    case: Case,
     request: Request,
-) -> Iterator[Problem]:  # fmt: skip
-    m, width = (case.sizes[name] for name in "MD")
-    inputs, dys = _inputs(op, case, request)
+) -> Iterator[Problem]:
+    """``plain`` is the reference, and ``others`` what torch has."""
+    backend_op = BACKEND_OPS[op]
+    inputs, dys = INPUTS[backend_op](case, request)
+    references, wide = truths(plain, inputs, dys, by_rows=backend_op == "glu")
+    for leaf in inputs:
+        leaf.requires_grad_()
     makers = gradients(ours, inputs, dys)
-    references, truths = _truths(plain, inputs, dys)
-    moved = bytes_moved(op, m, width, inputs[0].element_size())
-    outputs = len(dys)
-    for variant in VARIANTS:
-        wanted = {"forward": slice(outputs), "backward": slice(outputs, None)}
-        part = wanted.get(variant, slice(None))
-        check = close(references[part], truths[part])
+    works = layer_work(op, dict(case.sizes), inputs[0].element_size())
+    for variant, work in works.items():
+        part = part_of(variant, len(dys))
+        check = close(references[part], wide[part])
         theirs = [
-            Candidate(name, gradients(function, inputs, dys)[variant], check, name.split(" ")[0])
-            for name, function in peers.items()
+            Candidate(name, gradients(function, inputs, dys)[variant], check, "torch")
+            for name, function in others.items()
         ]
-        work = Work(moved[variant], 0, m * width * inputs[0].element_size())
-        backend_op = {"rms_norm": "norm", "layer_norm": "norm", "rope": "rope"}.get(op, "glu")
-        yield Problem(
-            case, variant, work, on_backends(request, backend_op, makers[variant], check), theirs
-        )
+        if request.device.type == "cuda" and op in LIGER and peers.installed("liger_kernel"):
+            theirs.append(_liger(op, variant, (inputs, dys), check))
+        candidates = on_backends(request, backend_op, makers[variant], check)
+        yield Problem(case, variant, work, candidates, theirs)
 
 
-def _inputs(op: str, case: Case, request: Request) -> tuple[list[Tensor], list[Tensor]]:
-    m, width = (case.sizes[name] for name in "MD")
+def _liger(op: str, variant: str, given: Inputs, check: Check) -> Candidate:
+    """Over tensors of its own: it writes gradients and turned heads over what it was given."""
 
-    def make(shape: tuple[int, ...], what: str) -> Tensor:
-        return random(shape, case, request.device, what)
+    def make() -> Call:
+        function = partial(LIGER[op], peers.load("liger_kernel.transformers.functional"))
+        leaves, dys = ([t.detach().clone() for t in tensors] for tensors in given)
+        return gradients(function, [leaf.requires_grad_() for leaf in leaves], dys)[variant]()
 
-    if "norm" in op:
-        weight = 1 + 0.1 * make((width,), "weight")
-        return [make((m, width), "x").requires_grad_(), weight.requires_grad_()], [
-            make((m, width), "dy")
-        ]
-    if op == "rope":
-        heads = width // HEAD_DIM
-        shapes = [(1, m, h, HEAD_DIM) for h in (heads, max(1, heads // QUERY_GROUP))]
-        q, k = (make(shape, f"x{i}").transpose(1, 2) for i, shape in enumerate(shapes))
-        dys = [make(shape, f"dy{i}").transpose(1, 2) for i, shape in enumerate(shapes)]
-        return [q.requires_grad_(), k.requires_grad_()], dys
-    gate, up = (make((m, width), what).requires_grad_() for what in ("gate", "up"))
-    return [gate, up], [make((m, width), "dy")]
+    return Candidate("liger-kernel", make, check, "liger-kernel")
 
 
-def _truths(
-    plain: Function, inputs: Sequence[Tensor], dys: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """All of the outputs and gradients by plain torch, and their checked rows in float64."""
+LIGER: dict[str, Function] = {
+    "rms_norm": lambda liger, x, weight: liger.liger_rms_norm(x, weight, EPS),
+    "rope": lambda liger, q, k: liger.liger_rope(q, k, *_whole_tables(q))[:2],
+    "swiglu": lambda liger, gate, up: liger.liger_swiglu(gate, up),
+    "geglu": lambda liger, gate, up: liger.liger_geglu(gate, up),
+}
 
-    def run(dtype: torch.dtype) -> list[Tensor]:
-        leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in inputs]
-        found = plain(*leaves)
-        ys = (found,) if isinstance(found, Tensor) else found
-        grads = torch.autograd.grad(ys, leaves, [dy.to(dtype) for dy in dys])
-        return [*(y.detach() for y in ys), *grads]
 
-    references = run(inputs[0].dtype)
-    wide = run(torch.float64)
-    rows = (rows_checked(len(part)).to(part.device) for part in wide)
-    return references, [part[at] for part, at in zip(wide, rows, strict=True)]
+@lru_cache(maxsize=2)
+def _tables_of(m: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    half = HEAD_DIM // 2
+    frequency = ROPE_BASE ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+    angle = torch.arange(m, device=device, dtype=torch.float32)[:, None] * frequency
+    cos, sin = (table[None].bfloat16().to(dtype) for table in (angle.cos(), angle.sin()))
+    return cos, sin
+
+
+@lru_cache(maxsize=2)
+def _whole_tables_of(m: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    cos, sin = (torch.cat((table, table), -1) for table in _tables_of(m, dtype, device))
+    return cos, sin
 
 
 def _tables(x: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [1, M, 64] of positions 0, 1, .. in x's dtype."""
-    half = HEAD_DIM // 2
-    frequency = 1e4 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = torch.arange(x.shape[2], device=x.device, dtype=torch.float32)[:, None] * frequency
-    return angle.cos()[None].bfloat16().to(x.dtype), angle.sin()[None].bfloat16().to(x.dtype)
+    """cos and sin [1, M, 64] of positions 0, 1, .. in x's dtype, the same values in each; made
+    once, as a model makes them once for all its layers.
+    """
+    return _tables_of(x.shape[2], x.dtype, x.device)
+
+
+def _whole_tables(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[1, M, 128], each half the table: what transformers' models hand around."""
+    return _whole_tables_of(x.shape[2], x.dtype, x.device)
 
 
 def _rope(q: Tensor, k: Tensor) -> Any:
@@ -140,7 +193,7 @@ def _rope(q: Tensor, k: Tensor) -> Any:
 
 def _rope_of_transformers(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """As transformers' models write it: halves turned by whole rows of cos and sin."""
-    cos, sin = (torch.cat((table, table), -1)[:, None] for table in _tables(q))
+    cos, sin = (table[:, None] for table in _whole_tables(q))
 
     def turned(x: Tensor) -> Tensor:
         first, second = x.chunk(2, -1)
@@ -151,15 +204,9 @@ def _rope_of_transformers(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 def _norm_of_transformers(x: Tensor, weight: Tensor) -> Tensor:
     """As transformers' models write it: in fp32, rounded before the weight."""
-    wide = x.float() if x.dtype != torch.float64 else x
-    root = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
-    return weight * root.to(x.dtype)
-
-
-def _op(name: str, summary: str, ours: Function, plain: Function, peers: dict[str, Function]) -> Op:
-    backend_op = {"rms_norm": "norm", "layer_norm": "norm", "rope": "rope"}.get(name, "glu")
-    cases, problems = partial(_cases, name), partial(_problems, name, ours, plain, peers)
-    return Op(name, summary, VARIANTS, backend_op, cases, problems)
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return weight * normed.to(x.dtype)
 
 
 def _torch_rms(x: Tensor, weight: Tensor) -> Tensor:
@@ -176,6 +223,13 @@ def _torch_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def _torch_geglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
+
+
+def _op(
+    name: str, summary: str, ours: Function, plain: Function, others: dict[str, Function]
+) -> Op:
+    problems = partial(_problems, name, ours, plain, others)
+    return Op(name, summary, VARIANTS, BACKEND_OPS[name], partial(_cases, name), problems)
 
 
 RMS_NORM = _op(

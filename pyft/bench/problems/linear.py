@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 import pyft
 from pyft.bench import peers
-from pyft.bench.backends import gradients, on_backends
+from pyft.bench.backends import VARIANTS, gradients, on_backends
 from pyft.bench.problem import (
     Call,
     Candidate,
@@ -33,10 +33,9 @@ from pyft.bench.problem import (
     rows_checked,
 )
 from pyft.bench.problems.quantize import BNB_FORMATS, SLACK
-from pyft.bench.problems.weights import PLAIN, Weight, random, weight
+from pyft.bench.problems.weights import PLAIN, Weight, base_linear, random, weight
 from pyft.bench.shapes import default_layers, default_tokens
 
-VARIANTS = ("forward", "backward", "forward+backward")
 SCALE = 2.0
 Makers = dict[str, Callable[[], Call]]
 
@@ -57,7 +56,7 @@ def linear_work(
         stored + y + saved + x + 2 * adapter, 2 * m * n * k + 2 * low_rank, forward.copied
     )
     both = Work(forward.bytes + backward.bytes, forward.flops + backward.flops, forward.copied)
-    return {"forward": forward, "backward": backward, "forward+backward": both}
+    return dict(zip(VARIANTS, (forward, backward, both), strict=True))
 
 
 def _cases(op: str, request: Request) -> list[Case]:
@@ -94,19 +93,18 @@ def _lora_linear(case: Case, request: Request) -> Iterator[Problem]:
     makers = gradients(lambda x, a, b: pyft.lora_linear(x, w.used, a, b, SCALE), [x, a, b], dy)
     frozen = gradients(lambda x: linear(x, w.decoded), [x], dy)
 
-    def peft() -> Makers:
-        module: torch.nn.Module
-        if case.format == PLAIN:
-            module = torch.nn.Linear(k, n, bias=False, device="meta")
-            module.weight = torch.nn.Parameter(w.plain, requires_grad=False)
-        else:
-            module = peers.bnb_linear(w.plain, case.format)
-        layer = peers.peft_lora(module, a, b, SCALE)
+    def peft(compiled: bool = False) -> Makers:
+        layer = peers.peft_lora(base_linear(w), a, b, SCALE)
         adapters = [part for part in layer.parameters() if part.requires_grad]
-        return gradients(lambda x, a, b: layer(x), [x, *adapters], dy)
+        run = peers.compiled(layer, x) if compiled else layer
+        return gradients(lambda x, a, b: run(x), [x, *adapters], dy)
 
     name = "peft" if case.format == PLAIN else "peft+bitsandbytes"
-    others = {name: peft} if case.format in (PLAIN, *BNB_FORMATS) else {}
+    others: dict[str, Callable[[], Makers]] = {}
+    if case.format in (PLAIN, *BNB_FORMATS):
+        others[name] = peft
+        if request.device.type == "cuda":
+            others[f"{name}+torch.compile"] = partial(peft, compiled=True)
     yield from _problems(case, request, w, x, [a, b], dy, makers, frozen, others)
 
 

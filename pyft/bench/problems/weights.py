@@ -1,6 +1,7 @@
 """Random inputs that several ops share: a weight as a model has it, and the same one quantized."""
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -66,14 +67,42 @@ class Weight:
 
 def weight(case: Case, device: torch.device) -> Weight:
     """The weight of a case; cases with the same one share it."""
-    return _weight(case.sizes["N"], case.sizes["K"], case.dtype, case.format, device)
+    return _weight((case.sizes["N"], case.sizes["K"]), case.dtype, case.format, device)
+
+
+def weights(
+    shapes: Mapping[str, tuple[int, int]], case: Case, device: torch.device
+) -> dict[str, Weight]:
+    """Several [N, K] by name, each of its own values; the last ones asked for are kept."""
+    return _weights(tuple(shapes.items()), case.dtype, case.format, device)
+
+
+def base_linear(w: Weight) -> torch.nn.Module:
+    """The frozen linear under PEFT's layer: torch's, or bitsandbytes' for a quantized weight."""
+    if w.format != PLAIN:
+        return peers.bnb_linear(w.plain, w.format)
+    return peers.torch_linear(w.plain)
 
 
 @lru_cache(maxsize=4)
-def _weight(n: int, k: int, dtype: str, format: str, device: torch.device) -> Weight:
-    generator = torch.Generator(device=device).manual_seed(n * 31 + k)
-    plain = torch.randn(n, k, generator=generator, dtype=DTYPES[dtype], device=device)
-    plain *= k**-0.5
+def _weight(shape: tuple[int, int], dtype: str, format: str, device: torch.device) -> Weight:
+    return _make(shape, dtype, format, device)
+
+
+@lru_cache(maxsize=1)
+def _weights(
+    shapes: tuple[tuple[str, tuple[int, int]], ...], dtype: str, format: str, device: torch.device
+) -> dict[str, Weight]:
+    return {name: _make(shape, dtype, format, device, name) for name, shape in shapes}
+
+
+def _make(
+    shape: tuple[int, int], dtype: str, format: str, device: torch.device, name: str = ""
+) -> Weight:
+    generator = torch.Generator(device=device)
+    generator.manual_seed(zlib.crc32(f"{name} {shape}".encode()))
+    plain = torch.randn(shape, generator=generator, dtype=DTYPES[dtype], device=device)
+    plain *= shape[1] ** -0.5
     if format == PLAIN:
         return Weight(plain, plain, plain, format)
     with pyft.backend("reference"):

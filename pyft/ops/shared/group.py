@@ -8,6 +8,7 @@ The decoded weights, the mask and drop(x) are made again too.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyft.backend import backend, select
@@ -30,6 +31,7 @@ from pyft.ops.shared.projection import (
     schema,
     unflatten,
 )
+from pyft.ops.shared.rows import as_rows
 
 _REST = "Tensor? seed, float dropout_p, str name"
 
@@ -42,8 +44,9 @@ class NormInput(NamedTuple):
         h: [..., K], what the norm was taken of.
         weight: [K] or None.
         eps, offset: the norm's.
-        buffer: [M, K + ranks] or None. x is its left part, and the op may write to the rest, so
-            that one matmul gives base and adapter; only ``rms_norm(..., tail=)`` makes such an x.
+        buffer: [M, K + ranks or more] or None. x is its left part, and the op may write to the
+            rest, so that one matmul gives base and adapter. Only ``rms_norm(..., tail=T)`` makes
+            such an x; its buffer is ``x.data.as_strided((M, K + T), (K + T, 1))``.
     """
 
     h: Tensor
@@ -88,12 +91,7 @@ class Group:
         """y_i [M, N_i] of rows x [M, K]."""
         origin: tuple[Any, ...] = (None, None, 0.0, 0.0, None)
         if norm_input is not None:
-            h, weight, eps, offset, buffer = norm_input
-            rows = h.reshape(-1, h.shape[-1]).detach()
-            weight = None if weight is None else weight.detach().to(x.dtype)
-            # Elsewhere inputs may be copied or planned anew: writing beside x is for eager mode.
-            buffer = buffer if plain((x, h)) else None
-            origin = (rows, weight, float(eps), float(offset), buffer)
+            origin = origin_of(x, norm_input)
         fields = [field for projection in projections for field in projection]
         found = self.op(x, *fields, *origin, drop.seed, float(drop.p), name)
         return list(found[: self.count])
@@ -208,6 +206,15 @@ class Group:
         return unflatten(arguments[:split]), arguments[split:]
 
 
+def origin_of(x: Tensor, norm_input: NormInput) -> tuple[Any, ...]:
+    """What x is the norm of, as the ops take it."""
+    h, weight, eps, offset, buffer = norm_input
+    weight = None if weight is None else weight.detach().to(x.dtype).contiguous()
+    # Elsewhere inputs may be copied or planned anew: writing beside x is for eager mode.
+    buffer = buffer if plain((x, h)) else None
+    return as_rows(h).detach(), weight, float(eps), float(offset), buffer
+
+
 def needs_of(projections: Sequence[Projection]) -> list[bool]:
     """For each projection whether weight, lora_a, lora_b and bias require a gradient."""
     leaves = (leaf for p in projections for leaf in (p.weight, p.lora_a, p.lora_b, p.bias))
@@ -257,9 +264,10 @@ def spread(found: Sequence[Tensor], needs: Sequence[bool], count: int) -> list[T
 
 
 def checked_norm_input(
-    op: str, x: Tensor, norm_input: NormInput | None, cast: bool
+    op: str, x: Tensor, norm_input: NormInput | None, cast: bool, ranks: int
 ) -> NormInput | None:
-    """What x is the norm of; nothing, where autocast has ``cast`` x since.
+    """What x is the norm of; nothing, where autocast has ``cast`` x since. ``ranks``: of all the
+    adapters that read x.
 
     Raises UsageError where the norm's input does not fit x.
     """
@@ -277,6 +285,24 @@ def checked_norm_input(
         raise UsageError(
             f"{op}: norm_input.weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}"
         )
-    if buffer is not None and buffer.untyped_storage()._cdata != x.untyped_storage()._cdata:
+    if buffer is None or torch.compiler.is_compiling():
+        return norm_input._replace(buffer=None)
+    if not _lies_in(x, buffer):
         raise UsageError(f"{op}: norm_input.buffer is not what x lies in")
+    rows, k = x.shape[:-1].numel(), x.shape[-1]
+    if buffer.dim() != 2 or buffer.shape[0] != rows or buffer.shape[1] < k + ranks:
+        raise UsageError(
+            f"{op}: norm_input.buffer {tuple(buffer.shape)} does not fit x {tuple(x.shape)} and "
+            f"adapters of rank {ranks} in all; need [{rows}, {k + ranks} or more]"
+        )
     return norm_input
+
+
+def _lies_in(x: Tensor, buffer: Tensor) -> bool:
+    """Whether rows of x begin where rows of the buffer do."""
+    same = buffer.untyped_storage()._cdata == x.untyped_storage()._cdata
+    rows = as_rows(x)
+    return same and (
+        rows.shape[0] < 2
+        or (rows.storage_offset(), rows.stride(0)) == (buffer.storage_offset(), buffer.stride(0))
+    )

@@ -197,9 +197,8 @@ def fake_leaf_gradients(
     found = []
     for p, need in zip(projections, needs, strict=True):
         n, r = p.out_features, p.rank
-        made = [x.new_empty(n, in_features), x.new_empty(r, in_features)]
-        made += [x.new_empty(n, r), x.new_empty(n)]
-        found += [gradient for gradient, wanted in zip(made, need, strict=True) if wanted]
+        shapes = ((n, in_features), (r, in_features), (n, r), (n,))
+        found += [x.new_empty(shape) for shape, wanted in zip(shapes, need, strict=True) if wanted]
     return found
 
 
