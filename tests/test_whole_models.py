@@ -284,6 +284,18 @@ def test_a_copy_is_fused_and_its_own(copied: str) -> None:
     assert torch.equal(logits(other, ids), expected)
 
 
+def test_inference_mode() -> None:
+    model, ids = adapted(), tokens()
+    expected = logits(model, ids)
+    pyft.apply(model)
+    with torch.inference_mode():
+        found = model(input_ids=ids).logits
+    torch.testing.assert_close(found, expected)
+    generated = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    stock = copy_without(model).generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    assert torch.equal(generated, stock)
+
+
 def test_two_adapters_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = adapted(), tokens()
     model.add_adapter("second", config(r=3, lora_alpha=6))
@@ -371,3 +383,27 @@ def test_training_follows_stock_peft(checkpoint: Any) -> None:
     for ours, theirs in zip(fused.parameters(), stock.parameters(), strict=True):
         ours.data.copy_(theirs.data)
     assert torch.equal(logits(fused, batches[0]), logits(stock, batches[0]))
+
+
+class Scaled(nn.Module):
+    """Writes to what its norm returned before its linear reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(8)
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.linear(self.norm(x).mul_(3.0))
+        return found
+
+
+def test_a_norm_s_output_that_is_written_to() -> None:
+    model = get_peft_model(Scaled(), config(task_type=None, target_modules=["linear"]))
+    x = torch.randn(5, 8)
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(model(x).square().sum(), leaves)
+    assert fused_parts(pyft.apply(model)) == {RMS: 1}
+    found = torch.autograd.grad(model(x).square().sum(), leaves)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

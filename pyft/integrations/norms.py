@@ -29,10 +29,14 @@ _ROTARY = "apply_rotary_pos_emb"
 
 
 def norm_input_of(x: Tensor) -> NormInput | None:
-    """What a fused norm noted on the tensor it returned."""
+    """What a fused norm noted on the tensor it returned, if nothing was written to it since."""
     if torch.compiler.is_compiling():
         return None
-    return getattr(x, _NOTE, None)
+    note = getattr(x, _NOTE, None)
+    if note is None or note[0] != x._version:
+        return None
+    norm_input: NormInput = note[1]
+    return norm_input
 
 
 def kind_of_norm(module: nn.Module) -> str | None:
@@ -87,7 +91,8 @@ class FusedNorm(Fused):
         tail = tail if noting else 0
         y: Tensor = rms_norm(x, weight, eps, offset=offset, tail=tail)  # type: ignore[assignment]
         if noting:
-            setattr(y, _NOTE, NormInput(x, weight, eps, offset, _buffer(y, tail)))
+            note = NormInput(x, weight, eps, offset, _buffer(y, tail))
+            setattr(y, _NOTE, (y._version, note))
         return y
 
 
