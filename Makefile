@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/pyft demo $(DEMO)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -28,7 +28,8 @@ NOT_COUNTED = (
     "view", "reshape", "transpose", "slice", "split", "select", "detach", "expand", "unsqueeze",
     "as_strided", "alias", "empty", "narrow", "resize", "aten::t", "permute", "to", "chunk",
     "result_type", "lift", "item", "zeros", "ones", "squeeze", "clone", "contiguous", "matmul",
-    "linear", "pad", "scaled_dot_product_attention", "unbind", "set_", "is_", "rsub", "_to_copy", "resolve_conj",
+    "linear", "pad", "scaled_dot_product_attention", "unbind", "set_", "is_", "rsub", "_to_copy",
+    "resolve_conj",
 )  # fmt: skip
 TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 
@@ -96,7 +97,9 @@ def calls(step: Callable[[], None]) -> int:
 
 def _computes(name: str) -> bool:
     short = name.removeprefix("aten::")
-    return not any(short == word or (word in name and word not in ("to", "t")) for word in NOT_COUNTED)
+    return not any(
+        short == word or (word in name and word not in ("to", "t")) for word in NOT_COUNTED
+    )
 
 
 def host_time(steps: dict[str, Callable[[], None]], rounds: int = 200) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import bitsandbytes
+import peft
 import pytest
 from bench_clock import CPU, TINY, Seconds, rows_of
 from shapes import REAL_COLUMNS
@@ -9,7 +11,7 @@ from shapes import REAL_COLUMNS
 from pyft.bench.backends import resolve
 from pyft.bench.problems import OPS
 from pyft.bench.run import run
-from pyft.bench.shapes import MODELS, SETS, Layer, parse_layers
+from pyft.bench.shapes import MODELS, SETS, Layer, models_of, parse_layers
 from pyft.errors import UsageError
 from pyft.formats import FORMATS
 
@@ -36,6 +38,19 @@ def test_layers_by_name():
         assert parse_layers(name)
 
 
+def test_models_of_layers():
+    small, large = MODELS["Llama-3.2-1B"], MODELS["Llama-3.1-8B"]
+    assert models_of(parse_layers("8b:gate,8b:q,1b:k"), "cpu") == [large, small]
+    assert models_of([], "cpu") == [small]
+    assert models_of([], "gpu24") == [large]
+    assert (small.head_dim, large.head_dim, MODELS["Gemma-2-2B"].head_dim) == (64, 128, 256)
+    (by_hand,) = models_of([Layer(64, 128), Layer(64, 128)], "cpu")
+    linears = by_hand.linears()
+    assert linears["gate"] == linears["q"] == (64, 128)
+    assert linears["k"] == linears["v"] == (16, 128)
+    assert by_hand.head_dim == 16
+
+
 @pytest.mark.parametrize("text", ["13b", "8b:middle", "nonsense", "small:q"])
 def test_unknown_layers(text):
     with pytest.raises(UsageError, match=r"--shapes: '.*' is unknown; use a set"):
@@ -51,8 +66,10 @@ def test_malformed_shapes(text):
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_is_right_and_measured(op):
     rows = [row for found in run([op], TINY, 0.0, clock=Seconds()) for row in found]
-    cases = OPS[op].cases(TINY)
-    assert len(rows) == len(cases) * len(OPS[op].variants)
+    cases = [(case.shape, case.dtype, case.format) for case in OPS[op].cases(TINY)]
+    found = [(row["shape"], row["dtype"], row["format"], row["variant"]) for row in rows]
+    wanted = [(*case, variant) for case in cases for variant in OPS[op].variants]
+    assert list(dict.fromkeys(found)) == wanted
     for row in rows:
         assert row["status"] == "ok", row
         assert row["bytes"] > 0
@@ -60,7 +77,6 @@ def test_every_op_is_right_and_measured(op):
         assert ("matmul_share" in row) == (row["flops"] > 0)
         assert row["peak_bytes"] >= 0
         assert row["median_ms"] == 1000.0
-    assert [row["variant"] for row in rows[: len(OPS[op].variants)]] == list(OPS[op].variants)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -80,21 +96,19 @@ def test_slivers_of_real_layers(k):
 
 
 def test_peers_run_where_they_are_installed():
-    pytest.importorskip("bitsandbytes")
     request = replace(TINY, peers=True, layers=[Layer(256, 128)])  # torchao needs 256 blocks
     for row in rows_of(["dequantize", "quantize", "qlinear"], request):
         peer = row["peers"]["bitsandbytes"]
         assert peer["status"] == "ok", peer
-        assert peer["version"]
+        assert peer["version"] == bitsandbytes.__version__
         assert peer["ratio"] == 1.0
         assert row["peers"]["torchao"]["status"] in ("ok", "not installed")
 
 
 def test_lora_linear_beside_peft():
-    pytest.importorskip("peft")
-    pytest.importorskip("bitsandbytes")
     rows = rows_of(["lora_linear"], replace(TINY, peers=True))
     for row in rows:
         name = "peft" if row["format"] == "plain" else "peft+bitsandbytes"
         assert row["peers"][name]["status"] == "ok", row["peers"]
+        assert row["peers"][name]["version"] == peft.__version__
         assert row["peers"]["torch frozen linear"]["status"] == "ok"

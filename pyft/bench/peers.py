@@ -149,12 +149,12 @@ def bnb_linear(w: Tensor, format: str) -> torch.nn.Module:
     return moved
 
 
-def compiled(module: torch.nn.Module, x: Tensor) -> torch.nn.Module:
-    """The module compiled by torch for inputs like x, so that its backward can run repeatedly."""
+def compiled(module: torch.nn.Module) -> torch.nn.Module:
+    """The module compiled by torch, for the shapes it is called with.
+
+    A backward that keeps its graph has to be the first: one compiled for a graph used once cannot.
+    """
     torch.compiler.reset()  # what was compiled before does not count against the limit
     found: Any = torch.compile(module, dynamic=False)
-    functorch: Any = load("torch._functorch.config")
-    with functorch.patch(donated_buffer=False):  # else a graph lets go of what it saved
-        found(x)
     wrapped: torch.nn.Module = found
     return wrapped

@@ -39,6 +39,7 @@ from pyft.bench.problem import (
     near,
     rows_checked,
 )
+from pyft.bench.problems.linear import SCALE
 from pyft.bench.problems.weights import PLAIN, random, weight
 from pyft.bench.shapes import Layer, default_layers, default_tokens
 from pyft.ops import skinny
@@ -46,7 +47,6 @@ from pyft.ops.dropout import Dropout
 from pyft.ops.lora_matmul import LowRank, Wide
 from pyft.reference import skinny as plain_skinny
 
-SCALE = 2.0
 P, SEED = 0.1, 20
 # Twice what ||drop(x) Aᵀ - x Aᵀ|| / ||x Aᵀ|| is expected to be, with any mask: for torch's own.
 ANY_MASK_ERROR = 2 * (P / (1 - P)) ** 0.5

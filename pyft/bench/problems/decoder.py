@@ -22,7 +22,8 @@ import pyft
 from pyft.bench import peers
 from pyft.bench.backends import VARIANTS, gradients, on_backends
 from pyft.bench.problem import Call, Candidate, Case, Op, Problem, Request, Work, close
-from pyft.bench.problems.lora import SCALE, adapters_of, group_work, lora, packed_apart
+from pyft.bench.problems.linear import SCALE
+from pyft.bench.problems.lora import adapters_of, group_work, lora, packed_apart
 from pyft.bench.problems.quantize import BNB_FORMATS
 from pyft.bench.problems.truths import truths
 from pyft.bench.problems.weights import Weight, random, weights
@@ -168,7 +169,7 @@ def _problems(case: Case, request: Request) -> Iterator[Problem]:
         Candidate(f"peft over {case.dtype}", partial(peft, over_decoded), check, "peft"),
     ]  # fmt: skip
     if case.format in BNB_FORMATS:
-        over_bnb = partial(peft, lambda name: peers.bnb_linear(named[name].plain, case.format))
+        over_bnb = partial(peft, lambda name: named[name].linear)
         apart = packed_apart(references, wide)
         others.insert(1, Candidate("peft+bitsandbytes", over_bnb, apart, "peft"))
     yield Problem(

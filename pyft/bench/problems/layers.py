@@ -253,11 +253,17 @@ ROPE = _op(
     _rope_of_transformers,
     {"torch as transformers": _rope_of_transformers},
 )
-SWIGLU = _op("swiglu", "silu(gate) up", pyft.swiglu, _torch_swiglu, {"torch": _torch_swiglu})
+SWIGLU = _op(
+    "swiglu",
+    "silu(gate) up",
+    lambda gate, up: pyft.swiglu(gate, up),
+    _torch_swiglu,
+    {"torch": _torch_swiglu},
+)
 GEGLU = _op(
     "geglu",
     "gelu(gate) up, by tanh",
-    partial(pyft.geglu, approximate="tanh"),
+    lambda gate, up: pyft.geglu(gate, up, "tanh"),
     _torch_geglu,
     {"torch": _torch_geglu},
 )

@@ -33,7 +33,8 @@ from pyft.bench.problem import (
     rows_checked,
 )
 from pyft.bench.problems.quantize import BNB_FORMATS, SLACK
-from pyft.bench.problems.weights import PLAIN, Weight, base_linear, random, weight
+from pyft.bench.problems.truths import part_of
+from pyft.bench.problems.weights import PLAIN, Weight, random, weight
 from pyft.bench.shapes import default_layers, default_tokens
 
 SCALE = 2.0
@@ -94,9 +95,9 @@ def _lora_linear(case: Case, request: Request) -> Iterator[Problem]:
     frozen = gradients(lambda x: linear(x, w.decoded), [x], dy)
 
     def peft(compiled: bool = False) -> Makers:
-        layer = peers.peft_lora(base_linear(w), a, b, SCALE)
+        layer = peers.peft_lora(w.linear, a, b, SCALE)
         adapters = [part for part in layer.parameters() if part.requires_grad]
-        run = peers.compiled(layer, x) if compiled else layer
+        run = peers.compiled(layer) if compiled else layer
         return gradients(lambda x, a, b: run(x), [x, *adapters], dy)
 
     name = "peft" if case.format == PLAIN else "peft+bitsandbytes"
@@ -127,7 +128,7 @@ def _problems(
     loose, _ = _truths(x, w.plain, adapter, dy)
     floor, floor_references = _truths(x, w.decoded, [], dy)
     for variant, work in works.items():
-        wanted = {"forward": slice(1), "backward": slice(1, None)}.get(variant, slice(None))
+        wanted = part_of(variant, 1)
         check = close(references[wanted], truths[wanted])
         floor_check = close(floor_references[wanted], floor[wanted])
         theirs = check if case.format == PLAIN else _loosely(w, loose[wanted])

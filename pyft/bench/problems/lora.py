@@ -34,16 +34,15 @@ from pyft.bench.problem import (
     relative_error,
     rows_checked,
 )
+from pyft.bench.problems.linear import SCALE, Makers
 from pyft.bench.problems.quantize import BNB_FORMATS
 from pyft.bench.problems.truths import part_of, truths
-from pyft.bench.problems.weights import PLAIN, Weight, base_linear, random, weights
+from pyft.bench.problems.weights import PLAIN, Weight, random, weights
 from pyft.bench.shapes import Layer, Model, default_tokens, models_of
 
-SCALE = 2.0
 PEER_ERROR = 0.01  # of weights packed by bitsandbytes, beside ours: 0.0003 of NF4, 0.009 of FP4
 Shapes = dict[str, tuple[int, int]]
 Linear = Callable[[Tensor], Tensor]
-Makers = dict[str, Callable[[], Call]]
 
 
 def group_work(
@@ -171,7 +170,7 @@ def _problems(op: str, case: Case, request: Request) -> Iterator[Problem]:
 
     @cache
     def peft() -> Makers:
-        model = torch.nn.ModuleDict({name: base_linear(w) for name, w in named.items()})
+        model = torch.nn.ModuleDict({name: w.linear for name, w in named.items()})
         adapters = peers.add_peft_lora(model, pairs, SCALE)
         linears = list(model.values())
         return gradients(lambda x, *adapters: _composed(op, linears, x), [x, *adapters], dy)

@@ -60,6 +60,13 @@ class Weight:
         return peers.Bnb4bit(self.plain, self.format)
 
     @cached_property
+    def linear(self) -> torch.nn.Module:
+        """The frozen linear under PEFT's layers: torch's, or bitsandbytes' if it is quantized."""
+        if self.format == PLAIN:
+            return peers.torch_linear(self.plain)
+        return peers.bnb_linear(self.plain, self.format)
+
+    @cached_property
     def torchao(self) -> Any:
         """The weight as torchao's NF4 tensor."""
         return peers.torchao_nf4(self.plain)
@@ -75,13 +82,6 @@ def weights(
 ) -> dict[str, Weight]:
     """Several [N, K] by name, each of its own values; the last ones asked for are kept."""
     return _weights(tuple(shapes.items()), case.dtype, case.format, device)
-
-
-def base_linear(w: Weight) -> torch.nn.Module:
-    """The frozen linear under PEFT's layer: torch's, or bitsandbytes' for a quantized weight."""
-    if w.format != PLAIN:
-        return peers.bnb_linear(w.plain, w.format)
-    return peers.torch_linear(w.plain)
 
 
 @lru_cache(maxsize=4)
