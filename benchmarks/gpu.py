@@ -7,7 +7,7 @@ Uses the Python and the packages that are there and no network; wheels in a fold
 gpu_run.py, what they do in pyft.bench and gpu_parts.py; this file plans.
 
 Written under DIR/NAME-OF-THE-GPU: gpu.json (all steps and their results), tests.jsonl (a line a
-test), bench.json, bench.md and bench.png (`pyft bench`), log.txt (what the steps printed).
+test), bench*.json, .md and .png (`pyft bench`), log.txt (what the steps printed).
 """
 
 import argparse
@@ -37,6 +37,13 @@ GPU_TESTS = (
     "qlinear",
     "optim",
     "lora_linear",
+    "lora_qkv",
+    "lora_mlp",
+    "lora_matmul",
+    "skinny",
+    "norm",
+    "rope",
+    "glu",
     "dropout",
     "bitsandbytes",
     "peft",
@@ -44,10 +51,20 @@ GPU_TESTS = (
 LAST_TESTS = ("compile_table", "cuda_sim", "native_sanitizers", "packaging")
 CHUNKS = 3  # of the tests that are in neither
 
+# Steps of `pyft bench`: the file its results are in, and its ops, most valuable first.
+BENCHES = {
+    "bench": ("bench", "dequantize qlinear adamw8bit quantize dropout"),
+    "bench of layers": (
+        "bench-layers",
+        "lora_linear lora_mlp decoder_layer lora_matmul skinny rms_norm rope swiglu lora_qkv "
+        "layer_norm geglu",
+    ),
+}
+
 
 def plan(output: Path, python: str, gpu: bool, parallel: bool, sanitizer: str | None) -> list[Step]:
     """The steps, most valuable first."""
-    log, bench = output / "tests.jsonl", output / "bench.json"
+    log = output / "tests.jsonl"
     first, middle, last = test_files(ROOT / "tests")
     no_gpu = "" if gpu else "no GPU is visible to torch"
     parts = [python, PARTS]
@@ -68,28 +85,31 @@ def plan(output: Path, python: str, gpu: bool, parallel: bool, sanitizer: str | 
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *parts, "kernels", *options]
         return Step(name, command, limit, least, errors, needs=BUILD)
 
-    size = [] if gpu else ["--shapes", "1b:k", "--tokens", "16"]
-    ops = ["dequantize", "qlinear", "adamw8bit", "quantize", "lora_linear", "dropout"]
-    files = ["--json", str(bench), "--markdown", str(bench.with_suffix(".md"))]
-    measure = [python, "-m", "pyft.cli", "bench", *ops, "--peers", *size, *files]
+    def bench(name: str, budget: int, limit: float, least: float) -> Step:
+        file, ops = BENCHES[name]
+        path = output / f"{file}.json"
+        command = [python, "-m", "pyft.cli", "bench", *ops.split(), "--peers"]
+        command += [] if gpu else ["--shapes", "1b:k", "--tokens", "16"]
+        command += ["--json", str(path), "--markdown", str(path.with_suffix(".md"))]
+        command += ["--budget", str(budget)]
+        return Step(name, command, limit, least, lambda text: timed(path), needs=BUILD)
+
+    def chart(name: str) -> Step:
+        path = output / f"{BENCHES[name][0]}.json"
+        command = [*parts, "chart", str(path), str(path.with_suffix(".png"))]
+        return Step(f"chart of {name}", command, 30, 8, needs=BUILD)
+
     chunks = [middle[index::CHUNKS] for index in range(CHUNKS)]
     return [
         Step(BUILD, [python, "setup.py", "-q", "build_ext", "--inplace"], 150, 60),
         Step("environment", [*parts, "environment"], 40, 10, json_line),
         tests("tests of kernels", first, 130, 60),
-        Step(
-            "bench", [*measure, "--budget", "60"], 190, 70, lambda text: timed(bench), needs=BUILD
-        ),
+        bench("bench of layers", 60, 190, 70),
+        bench("bench", 30, 100, 40),
         Step("memory", [*parts, "memory"], 50, 15, json_line, needs=BUILD),
         checked("memcheck", 80, 30),
         *(tests(f"tests {i + 1} of {CHUNKS}", chunk, 90) for i, chunk in enumerate(chunks)),
-        Step(
-            "chart",
-            [*parts, "chart", str(bench), str(bench.with_suffix(".png"))],
-            30,
-            8,
-            needs=BUILD,
-        ),
+        *(chart(name) for name in BENCHES),
         checked("racecheck", 60, 0, "--few"),
         tests("tests of builds", last, 90),
     ]

@@ -2,8 +2,10 @@
 
 The native kernels run in every format, dtype and way of reading; the linear's is called directly,
 for the op takes it for few rows only. Triton, which compiles each variant first, runs the ops of a
-training step.
+training step. Norms, rotary embeddings and activations run on each backend that has them.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 import pyft
 from pyft.backend import PREFERENCE, chosen, implementation, obstacle
 from pyft.formats import FORMATS
+from pyft.ops.glu import ACTIVATIONS
 from pyft.ops.quantize import DTYPES, decode_tables, dequantize_slab
 from pyft.optim import AdamW8bit, Lion8bit, SGD8bit
 from pyft.quantized import QuantizedTensor, named_parts
@@ -26,6 +29,8 @@ SHAPES = ((64, 256), (33, 100))  # whole tiles, and neither rows nor columns in 
 LONG = (3, 5000)  # rows longer than one chunk of each thread; not in whole blocks of 4096
 OPTIMIZERS = (AdamW8bit, Lion8bit, SGD8bit)
 SIZES = (4097, 100)  # coded states with a last block of one element, and fp32 states
+HEADS = (2, 3, 5, 20)  # batch, query heads, tokens, size of a head
+TURNED = 12  # of it
 
 
 def kernels(device: torch.device, few: bool = False) -> dict[str, int]:
@@ -40,6 +45,9 @@ def kernels(device: torch.device, few: bool = False) -> dict[str, int]:
         formats = list(FORMATS)[: 2 if few else None]
         with pyft.backend(name):
             ran[name] = _triton(device, formats) if name == "triton" else _native(device, few)
+            if obstacle("norm", name) is None:
+                dtypes = (torch.bfloat16,) if few else DTYPES
+                ran[name] += sum(_layers(dtype, device) for dtype in dtypes)
     for dtype in DTYPES:
         pyft.dropout(torch.randn(1001, dtype=dtype, device=device), 0.1, seed=1)
     if device.type == "cuda":
@@ -76,12 +84,63 @@ def _triton(device: torch.device, formats: list[str]) -> int:
             q = pyft.quantize(_random(shape, torch.bfloat16, device), format)
             ran += _decode(q)
             for m in (1, 17):
-                x = _random((m, shape[1]), torch.bfloat16, device).requires_grad_()
-                a = _random((3, shape[1]), torch.bfloat16, device).requires_grad_()
-                b = _random((shape[0], 3), torch.bfloat16, device).requires_grad_()
-                pyft.lora_linear(x, q, a, b).sum().backward()
-                ran += 1
+                for p in (0.0, 0.1):  # of dropout
+                    _linears(m, q, p)
+                    ran += 3
     return ran + _optimizers(torch.bfloat16, device)
+
+
+def _linears(m: int, q: QuantizedTensor, p: float) -> None:
+    """The three LoRA ops of rank 3, forward and backward."""
+    n, k = q.shape
+
+    def projection(weight: Tensor) -> tuple[Any, ...]:
+        rows, cols = weight.shape
+        adapter = (_leaf((3, cols), q.dtype, q.device), _leaf((rows, 3), q.dtype, q.device))
+        return (weight, _random((rows,), q.dtype, q.device), *adapter, 0.5)
+
+    x = _leaf((m, k), q.dtype, q.device)
+    weight, bias, a, b, scale = projection(q)
+    pyft.lora_linear(x, weight, a, b, scale, bias, p).sum().backward()
+    sum(y.sum() for y in pyft.lora_qkv(x, *(projection(q) for _ in range(3)), p)).backward()
+    down = projection(_random((k, n), q.dtype, q.device))
+    pyft.lora_mlp(x, projection(q), projection(q), down, dropout_p=p).sum().backward()
+
+
+def _layers(dtype: torch.dtype, device: torch.device) -> int:
+    """What lies between the linears, forward and backward: how many ops."""
+    ran = 0
+    for m, d in (SHAPES[1], LONG):
+        x, residual = _leaf((m, d), dtype, device), _leaf((m, d), dtype, device)
+        weight, bias = _leaf((d,), dtype, device), _leaf((d,), dtype, device)
+        pyft.rms_norm(x, None, 1e-6).sum().backward()
+        sum(y.sum() for y in pyft.rms_norm(x, weight, 1e-6, residual, 1.0)).backward()
+        pyft.layer_norm(x, weight, bias, 1e-6).sum().backward()
+        sum(y.sum() for y in pyft.layer_norm(x, weight, None, 1e-6, residual)).backward()
+        for activation in ACTIVATIONS:
+            gate, up = _leaf((m, 2 * d), dtype, device).chunk(2, -1)
+            _activated(activation, gate, up).sum().backward()
+        ran += 4 + len(ACTIVATIONS)
+    batch, heads, tokens, size = HEADS
+    angles = torch.randn(batch, tokens, TURNED // 2, device=device)
+    positions = torch.arange(tokens, device=device).flip(0).expand(batch, -1)
+    for interleaved in (False, True):
+        for tables in (angles.to(dtype), angles):
+            for table, where in ((tables, None), (tables[0], positions)):
+                q = _leaf((batch, tokens, heads, size), dtype, device).transpose(1, 2)
+                k = _leaf((batch, tokens, 1, size), dtype, device).transpose(1, 2)
+                turned = pyft.rope(q, k, table.cos(), table.sin(), where, interleaved)
+                sum(y.sum() for y in turned).backward()
+                ran += 1
+    return ran
+
+
+def _activated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    if activation == "silu":
+        return pyft.swiglu(gate, up)
+    if activation == "relu2":
+        return pyft.relu2(gate)
+    return pyft.geglu(gate, up, "tanh" if activation == "gelu_tanh" else "none")
 
 
 def _decode(q: QuantizedTensor) -> int:
@@ -113,6 +172,10 @@ def _optimizers(dtype: torch.dtype, device: torch.device) -> int:
             parameter.grad = torch.randn_like(parameter)
         optimizer(parameters).step()
     return len(OPTIMIZERS)
+
+
+def _leaf(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _random(shape, dtype, device).requires_grad_()
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

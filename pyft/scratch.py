@@ -81,8 +81,9 @@ class _Buffer:
 
     def shrink(self, nbytes: int) -> None:
         """Let go of memory larger than this; a block that uses it keeps it until it ends."""
-        if self.memory is not None and self.memory.nbytes > nbytes:
-            self.memory = self.owner = self.holds = None
+        with self.lock:
+            if self.memory is not None and self.memory.nbytes > nbytes:
+                self.memory = self.owner = self.holds = None
 
     @contextmanager
     def borrow(
@@ -92,13 +93,16 @@ class _Buffer:
         rows, cols = bottom - top, right - left
         with self.lock:
             held = self.holds is not None and self.holds.is_of(parts, coding, dtype)
-            if not held or tail not in (0, self.tail):
+            if held and tail in (0, self.tail):
+                view = self._view((rows, cols + self.tail), dtype, parts[0].device)
+            else:
                 self.holds = None
                 self.tail = tail
-                decode(self._view((rows, cols + tail), dtype, parts[0].device)[:, :cols])
+                view = self._view((rows, cols + tail), dtype, parts[0].device)
+                decode(view[:, :cols])
                 self.owner = weakref.ref(parts[0], self._free)
                 self.holds = _Held(parts, coding, dtype)
-            yield self._view((rows, cols + self.tail), dtype, parts[0].device)[:, : cols + tail]
+            yield view[:, : cols + tail]
 
     def _view(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
         nbytes = prod(shape) * dtype.itemsize

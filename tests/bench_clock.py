@@ -10,6 +10,7 @@ from pyft.bench.run import run
 from pyft.bench.shapes import Layer
 
 CPU = torch.device("cpu")
+Rows = list[dict[str, Any]]
 TINY = Request(CPU, layers=[Layer(64, 128)], tokens=[5])
 
 
@@ -25,6 +26,19 @@ class Seconds:
         return self.seconds(self.seen[-1])
 
 
-def rows_of(ops: Sequence[str], request: Request) -> list[dict[str, Any]]:
+def rows_of(ops: Sequence[str], request: Request) -> Rows:
     """All rows of the ops, one second each."""
     return [row for rows in run(ops, request, 0.0, clock=Seconds()) for row in rows]
+
+
+def statuses(rows: Rows) -> set[str]:
+    return {row["status"] for row in rows}
+
+
+def peers_of(rows: Rows) -> dict[str, set[str]]:
+    """Each peer's statuses."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        for name, peer in row["peers"].items():
+            found.setdefault(name, set()).add(peer["status"])
+    return found

@@ -8,7 +8,9 @@ import pytest
 from bench_clock import CPU, TINY, Seconds, rows_of
 from shapes import REAL_COLUMNS
 
-from pyft.bench.backends import resolve
+from pyft.backend import chosen, select
+from pyft.bench.backends import on_backends, resolve
+from pyft.bench.problem import Call, exact
 from pyft.bench.problems import OPS
 from pyft.bench.run import run
 from pyft.bench.shapes import MODELS, SETS, Layer, models_of, parse_layers
@@ -77,6 +79,20 @@ def test_every_op_is_right_and_measured(op):
         assert ("matmul_share" in row) == (row["flops"] > 0)
         assert row["peak_bytes"] >= 0
         assert row["median_ms"] == 1000.0
+
+
+def test_auto_is_shown_as_what_it_chooses_and_runs_as_auto():
+    best = select("quantize", CPU)
+    assert resolve(("auto",), "quantize", CPU) == {best: "auto"}
+    assert resolve(("auto", best, "reference"), "quantize", CPU) == {
+        best: "auto",
+        "reference": "reference",
+    }
+    assert resolve(("all",), "quantize", CPU)[best] == best
+    seen = []
+    (only,) = on_backends(TINY, "quantize", lambda: Call(lambda: seen.append(chosen())), exact([]))
+    only.make().run()
+    assert (only.name, seen) == (best, ["auto"])
 
 
 @pytest.mark.parametrize("format", FORMATS)

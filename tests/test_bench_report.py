@@ -101,6 +101,15 @@ def test_the_chart_is_a_png(small_report, tmp_path):
         plot.draw({**small_report, "results": []}, tmp_path / "none.png")
 
 
+def test_peers_of_a_panel_have_colours_of_their_own():
+    names = [f"peer {index}" for index in range(9)]
+    panels = [[names[i], names[(i + 1) % 9], names[(i + 4) % 9]] for i in range(9)]
+    colours = plot.colours_of(panels)
+    assert set(colours) == set(names)
+    assert all(len({colours[name] for name in panel}) == 3 for panel in panels)
+    assert len(set(plot.colours_of([names]).values())) == len(plot.COLOURS)
+
+
 def test_a_missing_matplotlib_is_one_line(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="--plot needs matplotlib: pip install"):

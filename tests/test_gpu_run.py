@@ -1,44 +1,24 @@
 """How `make gpu` shares its time and keeps its results; the steps themselves need a GPU."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Sequence
-from inspect import signature
-from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
+from benchmark_files import BENCHMARKS, load
 
-from pyft import native
-from pyft.formats import FORMATS, SCALE_FORMAT
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+from pyft.bench.problems import OPS
 
 
 @pytest.fixture(scope="module")
 def gpu() -> ModuleType:
     return load("gpu")
-
-
-def load(name: str) -> ModuleType:
-    """A file of benchmarks/ as it is when run from there."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -223,13 +203,24 @@ def test_a_real_command_and_its_log(runner, tmp_path):
 def test_the_plan_is_most_valuable_first(gpu, tmp_path):
     steps = gpu.plan(tmp_path, "python3", True, True, "/usr/bin/compute-sanitizer")
     names = [step.name for step in steps]
-    assert names[:5] == ["build", "environment", "tests of kernels", "bench", "memory"]
-    assert names[5] == "compute-sanitizer memcheck"
+    assert names[:3] == ["build", "environment", "tests of kernels"]
+    assert names[3:5] == ["bench of layers", "bench"]
+    assert names[5:7] == ["memory", "compute-sanitizer memcheck"]
     assert all(step.command for step in steps)
     assert sum(step.least for step in steps) < gpu.SECONDS < 9 * 60
     assert "-n" in steps[2].command
     assert "--shapes" not in steps[3].command
     assert {step.name for step in steps if step.needs != "build"} == {"build", "environment"}
+
+
+def test_every_op_is_measured_once_and_drawn(gpu, tmp_path):
+    steps = {step.name: step for step in gpu.plan(tmp_path, "python3", True, False, None)}
+    benches = [steps[name].command for name in gpu.BENCHES]
+    measured = [word for command in benches for word in command if word in OPS]
+    assert sorted(measured) == sorted(OPS)
+    for name, command in zip(gpu.BENCHES, benches, strict=True):
+        results = command[command.index("--json") + 1]
+        assert results in steps[f"chart of {name}"].command
 
 
 def test_every_test_file_is_run_once(gpu, tmp_path):
@@ -242,7 +233,8 @@ def test_every_test_file_is_run_once(gpu, tmp_path):
     there = sorted(f"tests/{path.name}" for path in Path(__file__).parent.glob("test_*.py"))
     assert sorted(files) == there
     assert files[0] == "tests/test_devices.py"
-    assert files.index("tests/test_kernels_quantize.py") < files.index("tests/test_cli.py")
+    for name in ("kernels_quantize", "kernels_norm", "lora_mlp", "rope"):
+        assert files.index(f"tests/test_{name}.py") < files.index("tests/test_cli.py")
 
 
 def test_without_gpu_or_tool_the_sanitizer_says_why(gpu, tmp_path):
@@ -265,63 +257,6 @@ def test_what_steps_write_is_read(gpu, tmp_path):
     found = gpu.timed(path)
     assert (found["timed"], found["not timed"]) == (1, 1)
     assert found["reasons"] == ["quantize 2x2 : WRONG: error 1"]
-
-
-def test_every_native_kernel_is_run(monkeypatch):
-    """The same calls as on a GPU, counted at the functions that launch kernels."""
-    seen: dict[str, list[dict[str, Any]]] = {}
-
-    def spy(name: str) -> None:
-        function = getattr(native, name)
-        parameters = signature(function)
-
-        def counted(*arguments: Any) -> None:
-            bound = parameters.bind(*arguments).arguments
-            on = bound.get("on", bound.get("out" if name == "dequantize" else "x"))
-            seen.setdefault(name, []).append(bound | {"dtype": on.dtype})
-            function(*arguments)
-
-        monkeypatch.setattr(native, name, counted)
-
-    for name in ("quantize", "dequantize", "qlinear", "dropout", "optim"):
-        spy(name)
-    ran = load("gpu_kernels").kernels(torch.device("cpu"))
-    launches = {name: len(calls) for name, calls in seen.items()}
-    weights = 3 * (7 * 2 + 6 * 2)  # dtypes, formats, shapes and, but for mxfp4, block sizes
-    linears = 3 * 3 * 3  # dtypes, formats, K
-    nested = sum(call["zero_code"] == SCALE_FORMAT.zero_code for call in seen["quantize"])
-    assert launches == {
-        "quantize": weights + linears + nested,
-        "dequantize": 2 * weights,
-        "qlinear": 5 * linears,
-        "optim": 3 * 3,
-        "dropout": 3,
-    }
-    assert nested == 3 * (2 * 4 + 3)  # nf4 and fp4, and nf4 in linears
-    assert ran == {"cpu": 3 * weights + 5 * linears + 9}
-
-    def found(name: str, *keys: str) -> set[tuple[Any, ...]]:
-        return {tuple(call[key] for key in keys) for call in seen[name]}
-
-    dtypes, bits = (torch.float32, torch.bfloat16, torch.float16), (4, 8)
-    for name in ("quantize", "dequantize", "qlinear"):
-        assert found(name, "dtype", "bits") == set(product(dtypes, bits))
-    codings = {(fmt.bits, fmt.zero_code, fmt.top) for fmt in FORMATS.values()}
-    assert len(codings) == len(FORMATS)
-    quantized = found("quantize", "dtype", "bits", "zero_code", "top")
-    assert quantized >= {(dtype, *coding) for dtype in dtypes for coding in codings}
-    for size in (4096, 5000):  # the largest block, and a row
-        sized = set(product(dtypes, bits, (size,)))
-        assert found("quantize", "dtype", "bits", "block_size") >= sized
-    shapes = {(c["dtype"], c["bits"], c["x"].shape[0], c["shape"][1]) for c in seen["qlinear"]}
-    assert shapes == set(product(dtypes, bits, (1, 3, 8, 17, 64), (256, 104, 100)))
-    assert any(c["nested"] is not None and c["bits"] == 4 for c in seen["qlinear"])
-    assert any(c["zeros"] is not None for c in seen["qlinear"])
-    odd = [c for c in seen["dequantize"] if c["out"].stride(0) > c["out"].shape[1]]
-    assert {(c["dtype"], c["bits"]) for c in odd} == set(product(dtypes, bits))
-    assert all(c["slab"][0] % 2 and c["slab"][2] % 2 for c in odd)
-    assert {(c["dtype"], c["rule"][0]) for c in seen["optim"]} == set(product(dtypes, range(3)))
-    assert all(c["table"][:, 6].tolist() == [4097, 100] for c in seen["optim"])
 
 
 def test_wheels_are_unpacked_beside(gpu, tmp_path):

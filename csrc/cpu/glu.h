@@ -92,10 +92,12 @@ Activated<V> activate(typename V::Floats g) {
   } else if constexpr (A == PYFT_GELU) {
     const auto n = normal<V, D>(g);
     return {g * n.below, n.below + g * n.density * 0.39894228f};
-  } else if constexpr (A == PYFT_GELU_TANH) {  // (1 + tanh u) / 2 is the sigmoid of 2 u
-    const auto square = g * g;
-    const auto s = sigmoid_of_negative<V, D>(g * (square * -0.0713548163f - 1.59576912f));
-    return {g * s.share, s.share * (1.0f + g * s.rest * (square * 0.214064449f + 1.59576912f))};
+  } else if constexpr (A == PYFT_GELU_TANH) {            // (1 + tanh u) / 2 is the sigmoid of 2 u
+    const auto below = g > 16.0f ? V::splat(16.0f) : g;  // where it has long been 0 or g: g^3 stays finite
+    const auto near = below < -16.0f ? V::splat(-16.0f) : below;
+    const auto square = near * near;
+    const auto s = sigmoid_of_negative<V, D>(near * (square * -0.0713548163f - 1.59576912f));
+    return {g * s.share, s.share * (1.0f + near * s.rest * (square * 0.214064449f + 1.59576912f))};
   } else {
     const auto positive = g < 0.0f ? V::splat(0.0f) : g;  // NaN stays
     return {positive * positive, 2.0f * positive};

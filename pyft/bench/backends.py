@@ -15,23 +15,30 @@ from pyft.errors import UsageError
 VARIANTS = ("forward", "backward", "forward+backward")  # of ``gradients``
 
 
-def resolve(names: Sequence[str], op: str, device: torch.device) -> list[str]:
-    """The backends that run ``op`` on ``device``: "auto" is the one chosen there, "all" each one.
+def resolve(names: Sequence[str], op: str, device: torch.device) -> dict[str, str]:
+    """The backends that run ``op`` on ``device``, and the name that ``pyft.backend`` is given for
+    each: "auto" where it is the one chosen there, as what an op is made of is chosen then too.
+
+    Args:
+        names: of backends, "auto", or "all" for each one.
+        op: a key of ``pyft.backend.IMPLEMENTATIONS``.
+        device: where it runs.
 
     Raises:
         UsageError: an unknown name, or a backend that cannot run here.
     """
-    found = []
+    found: dict[str, str] = {}
     for name in names:
         if name == "all":
-            usable = PREFERENCE.get(device.type, ("reference",))
-            found += [option for option in usable if obstacle(op, option) is None]
+            for option in PREFERENCE.get(device.type, ("reference",)):
+                if obstacle(op, option) is None:
+                    found.setdefault(option, option)
         elif name in ("auto", *BACKENDS):
             with pyft.backend(name):
-                found.append(select(op, device))
+                found.setdefault(select(op, device), name)
         else:
             raise UsageError(f"--backend: {name!r} is not one of auto, all, {', '.join(BACKENDS)}")
-    return list(dict.fromkeys(found))
+    return found
 
 
 def on_backends(
@@ -39,16 +46,16 @@ def on_backends(
 ) -> list[Candidate]:
     """A candidate per backend; all of a call, its making included, runs on the backend."""
 
-    def on(name: str) -> Candidate:
+    def on(shown: str, name: str) -> Candidate:
         def make_there() -> Call:
             with pyft.backend(name):
                 call = make()
             outputs = None if call.outputs is None else _inside(name, call.outputs)
             return Call(_inside(name, call.run), outputs, call.buffers)
 
-        return Candidate(name, make_there, check, "pyft")
+        return Candidate(shown, make_there, check, "pyft")
 
-    return [on(name) for name in resolve(request.backends, op, request.device)]
+    return [on(*pair) for pair in resolve(request.backends, op, request.device).items()]
 
 
 def _inside(name: str, function: Callable[[], Any]) -> Callable[[], Any]:

@@ -42,8 +42,7 @@ def draw(report: Report, path: Path) -> None:
     if not timed:
         raise UsageError("--plot: nothing was timed, so there is nothing to draw")
     panels = groups(timed)
-    names = list(dict.fromkeys(name for row in timed for name in _speedups(row)))
-    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+    colours = colours_of([_peers(rows) for rows in panels.values()])
     heights = [sum(_slots(row) for row in rows) + 1.6 for rows in panels.values()]
     inches = sum(heights) * ROW_INCHES
     canvas = Figure(figsize=(13, inches + 1.5), layout="constrained")
@@ -56,11 +55,26 @@ def draw(report: Report, path: Path) -> None:
         places = _places(rows)
         _speed_panel(left, title, rows, places, colours)
         _ceiling_panel(right, rows, places)
-    handles = [_patch(colours[name], f"over {name}") for name in names]
+    handles = [_patch(colour, f"over {name}") for name, colour in colours.items()]
     handles += [_patch(COPY, "of a copy's bandwidth"), _patch(MATMUL, "of a matmul's TFLOP/s")]
     canvas.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=150, format="png")
+
+
+def colours_of(panels: Sequence[Sequence[str]]) -> dict[str, str]:
+    """A colour for each name, another one for each in a panel where that can be."""
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(name for names in panels for name in names):
+        beside = {other for names in panels if name in names for other in names}
+        taken = {found[other] for other in beside if other in found}
+        used = list(found.values())
+        found[name] = min([c for c in COLOURS if c not in taken] or COLOURS, key=used.count)
+    return found
+
+
+def _peers(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in _speedups(row)))
 
 
 def _speedups(row: Row) -> dict[str, tuple[float, float, float]]:

@@ -5,13 +5,17 @@ notes for itself lies in its ``__dict__`` under names that begin with ``_pyft``.
 buffers and methods stay the module's own.
 """
 
+import copy
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyft.errors import UsageError
+
 NOTES = "_pyft"
+_CONTAINERS = (dict, list, set)
 
 
 class Fused:
@@ -34,8 +38,16 @@ def fuse(module: nn.Module, mixin: Any, **notes: Any) -> None:
 
 
 def unfuse(module: nn.Module) -> None:
-    """Give the module its own class back and drop the notes."""
+    """Give the module its own class back and drop the notes.
+
+    Raises UsageError where its class was changed again since.
+    """
     if isinstance(module, Fused):
+        if "plain" not in vars(type(module)):
+            raise UsageError(
+                f"revert: {type(module).__name__} was made of a fused module after apply; revert "
+                "the model before it is sharded or wrapped"
+            )
         module.__class__ = type(module).plain
     for name in [name for name in module.__dict__ if name.startswith(f"{NOTES}_")]:
         del module.__dict__[name]
@@ -58,26 +70,41 @@ def _new(mixin: Any, plain: Any) -> Any:
     return fused.__new__(fused)
 
 
-def answer_of_double(module: nn.Module, x: Tensor, **parts: dict[str, Any]) -> Tensor | None:
-    """What the module's own forward makes of x with other children or parameters; None where it
-    makes no tensor of it.
+def answers_of_double(module: nn.Module, x: Tensor, **parts: dict[str, Any]) -> list[Tensor] | None:
+    """What the module's own forward makes of x with other children or parameters, in training and
+    in evaluation; None where it makes no tensor of it. The module, its buffers and the random
+    numbers stay as they are.
     """
     plain: Any = plain_class(module)
-    double = plain.__new__(plain)
-    double.__dict__ = {**module.__dict__, **parts}
-    try:
-        with torch.no_grad():
-            found = plain.forward(double, x)
-    except Exception:  # whatever a module of another kind makes of it
-        return None
-    return found if isinstance(found, Tensor) else None
+    found = []
+    for training in (True, False):
+        double = plain.__new__(plain)
+        own = {
+            k: copy.copy(v) if isinstance(v, _CONTAINERS) else v for k, v in vars(module).items()
+        }
+        double.__dict__ = {**own, "training": training, **parts}
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                answer = plain.forward(double, x)
+        except Exception:  # whatever a module of another kind makes of it
+            return None
+        if not isinstance(answer, Tensor):
+            return None
+        found.append(answer)
+    return found
 
 
 def hooked(module: nn.Module) -> bool:
     """Whether something would miss this module's call if it were not called."""
     return bool(
-        module._forward_hooks
+        replaced(module)
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def replaced(module: nn.Module) -> bool:
+    """Whether the module itself, not its class, says what its forward is: accelerate's hooks do."""
+    return "forward" in module.__dict__

@@ -12,8 +12,9 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from pyft.backend import chosen
 from pyft.integrations import bitsandbytes
-from pyft.integrations.fused import Fused, hooked, plain_class
+from pyft.integrations.fused import Fused, hooked, plain_class, replaced
 from pyft.integrations.norms import norm_input_of
 from pyft.ops.lora_linear import lora_linear
 from pyft.ops.lora_qkv import lora_qkv
@@ -35,6 +36,11 @@ class Adapted(NamedTuple):
     out_dtype: torch.dtype
 
     @property
+    def rank(self) -> int:
+        """Of what is active on it, in all."""
+        return 0 if self.lora_a is None else self.lora_a.shape[0]
+
+    @property
     def projection(self) -> tuple[Any, ...]:
         """As ``lora_qkv`` and ``lora_mlp`` take it."""
         return self[:5]
@@ -46,7 +52,9 @@ def adapted(module: nn.Module, x: Tensor) -> Adapted | None:
         dtype = _compute_dtype(module, x, module.weight)
         if dtype is None or hooked(module):
             return None
-        return Adapted(module.weight, module.bias, None, None, 1.0, 0.0, dtype, dtype)
+        return Adapted(
+            module.weight, module.bias, None, None, 1.0, 0.0, dtype, _out_dtype(x, False)
+        )
     layer: Any = module
     if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
         return None
@@ -70,10 +78,13 @@ def adapted(module: nn.Module, x: Tensor) -> Adapted | None:
             more = layer.lora_B[name].bias * layer.scaling[name]
             bias = more if bias is None else bias + more
     a, b, scale = _summed(layer, names)
-    # Under autocast torch.nn.Linear answers in autocast's dtype, bitsandbytes' in its input's.
-    in_autocast = torch.is_autocast_enabled(x.device.type)
-    out = torch.get_autocast_dtype(x.device.type) if in_autocast and not theirs else x.dtype
-    return Adapted(weight, bias, a, b, scale, rates.pop(), dtype, out)
+    return Adapted(weight, bias, a, b, scale, rates.pop(), dtype, _out_dtype(x, theirs))
+
+
+def _out_dtype(x: Tensor, theirs: bool) -> torch.dtype:
+    """Under autocast torch.nn.Linear answers in autocast's dtype, bitsandbytes' in its input's."""
+    in_autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if in_autocast and not theirs else x.dtype
 
 
 def _summed(layer: Any, names: list[str]) -> tuple[Tensor, Tensor, float]:
@@ -114,8 +125,10 @@ def obstacle(layer: LoraLayer) -> str | None:
         return f"{plain.__module__}.{plain.__name__} is not a LoRA linear"
     base = layer.get_base_layer()
     theirs = type(base).__name__ in _BITSANDBYTES
-    if not theirs and type(base) is not nn.Linear:
-        return f"its base layer is {type(base).__name__}, not torch.nn.Linear"
+    if replaced(layer):
+        return "its forward was replaced"
+    if not theirs and plain_class(base) is not nn.Linear:
+        return f"its base layer is {plain_class(base).__name__}, not torch.nn.Linear"
     if getattr(base, "parametrizations", None):
         return "its base layer is parametrized"
     if base.weight.device.type == "meta":
@@ -165,7 +178,7 @@ def _alone(layer: Any, x: Tensor) -> Tensor | None:
     if given is None:
         return _dora(layer, x)
     weight, bias, a, b, scale, p, dtype, out_dtype = given
-    norm_input = norm_input_of(x) if dtype == x.dtype else None
+    norm_input = norm_input_of(x, given.rank) if dtype == x.dtype else None
     y = lora_linear(x.to(dtype), weight, a, b, scale, bias, p, norm_input=norm_input)
     return y.to(out_dtype)
 
@@ -187,34 +200,48 @@ def _dora(layer: Any, x: Tensor) -> Tensor | None:
     norm = _row_norms(layer, name, weight, a.weight, b.weight, scale)
     factor = layer.lora_magnitude_vector[name].weight / norm
     y: Tensor = lora_linear(x.to(dtype), weight, a.weight, b.weight, scale) * factor.to(dtype)
+    if y.requires_grad:  # a step may follow the backward
+        y.register_hook(lambda _: _forget_norms(layer, name))
     return (y if base.bias is None else y + base.bias.to(y.dtype)).to(x.dtype)
+
+
+def _forget_norms(layer: Any, name: str) -> None:
+    layer.__dict__.get("_pyft_norms", {}).pop(name, None)
 
 
 @torch.no_grad()
 def _row_norms(layer: Any, name: str, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """‖W + s B A‖ of each row in fp32 [N], W never whole beside its decoded form:
+    """‖W + s B A‖ of each row in fp32 [N], taken again after a backward or a change torch counts:
 
     ‖W‖² + 2 s (W Aᵀ) ∘ B + s² (B A Aᵀ) ∘ B, summed over R.
     """
     stored = weight.packed if isinstance(weight, QuantizedTensor) else weight
-    state = [(id(t), None if t.is_inference() else t._version) for t in (stored, a, b)]
-    cache = layer.__dict__.setdefault("_pyft_norms", {})
-    found = cache.get(name)
-    if found is not None and found[0] == (state, scale) and None not in dict(state).values():
-        known: Tensor = found[1]
-        return known
+    tensors = (stored, a, b)
+    counted = not any(t.is_inference() for t in tensors)
+    state = [scale, *((id(t), t._version) for t in tensors)] if counted else []
+    known = layer.__dict__.setdefault("_pyft_norms", {})
+    if name in known and counted and known[name][0] == state:
+        norms: Tensor = known[name][1]
+        return norms
     wide_a, wide_b = a.float(), b.float()
     plain = weight.to(torch.float32) if isinstance(weight, QuantizedTensor) else weight.float()
-    if found is not None and found[0][0][0] == state[0]:
-        squares = found[2]
-    else:
-        dense = plain.dequantize() if isinstance(plain, QuantizedTensor) else plain
-        squares = dense.square().sum(1)
+    squares = _row_squares(layer, stored, plain, counted)
     cross = lora_linear(wide_a, plain, None, None).t()  # W Aᵀ [N, R]
     gram = wide_b @ (wide_a @ wide_a.t())
-    norms: Tensor = (squares + ((2 * scale * cross + scale * scale * gram) * wide_b).sum(1)).sqrt()
-    cache[name] = ((state, scale), norms, squares)
+    norms = (squares + ((2 * scale * cross + scale * scale * gram) * wide_b).sum(1)).sqrt()
+    known[name] = (state, norms)
     return norms
+
+
+def _row_squares(layer: Any, stored: Tensor, weight: Tensor, counted: bool) -> Tensor:
+    """‖W‖² of each row in fp32 [N]; kept while W is as it was."""
+    state = (id(stored), stored._version) if counted else None
+    known = layer.__dict__.get("_pyft_row_squares")
+    if known is None or state is None or known[0] != state:
+        dense = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+        known = layer.__dict__["_pyft_row_squares"] = (state, dense.square().sum(1))
+    squares: Tensor = known[1]
+    return squares
 
 
 class Group:
@@ -222,31 +249,33 @@ class Group:
     multiplies for all; the others fetch theirs.
     """
 
+    MISSES = 3  # one after another, without ever having been fetched whole
+
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
         self.pending: tuple[Any, dict[int, Tensor]] = (None, {})
         self.complete = False  # whether all were ever fetched
-        self.given_up = False
+        self.misses = 0
 
     def take(self, layer: Any, x: Tensor) -> Tensor | None:
         """This layer's output of x; None where it has to run alone."""
         index = next((i for i, member in enumerate(self.layers) if member is layer), None)
-        if index is None or self.given_up:  # a copy made for another device
-            return None
+        if index is None or (self.misses >= self.MISSES and not self.complete):
+            return None  # a copy made for another device; linears not called with one tensor
         of, waiting = self.pending
-        if of is x and index in waiting:
+        now = _circumstances(x)
+        if of is not None and of[0] is x and of[1:] == now and index in waiting:
             y = waiting.pop(index)
             if not waiting:
                 self.pending, self.complete = (None, {}), True
             return y
-        if waiting and not self.complete:
-            self.given_up = True  # they are not called with one tensor
-            self.pending = (None, {})
-            return None
+        if waiting:
+            self.misses += 1
+        self.pending = (None, {})
         ys = self._run(x)
         if ys is None:
             return None
-        self.pending = (x, {i: y for i, y in enumerate(ys) if i != index})
+        self.pending = ((x, *now), {i: y for i, y in enumerate(ys) if i != index})
         return ys[index]
 
     def _run(self, x: Tensor) -> list[Tensor] | None:
@@ -254,14 +283,26 @@ class Group:
         linears = [entry for entry in given if entry is not None]
         if len(linears) != len(given):
             return None
-        if len({(entry.dtype, entry.out_dtype, entry.dropout_p) for entry in linears}) != 1:
+        rates = {entry.dropout_p for entry in linears if entry.lora_a is not None}
+        if len({(entry.dtype, entry.out_dtype) for entry in linears}) != 1 or len(rates) > 1:
             return None
         first = linears[0]
-        norm_input = norm_input_of(x) if first.dtype == x.dtype else None
+        ranks = sum(entry.rank for entry in linears)
+        norm_input = norm_input_of(x, ranks) if first.dtype == x.dtype else None
         q, k, v = (entry.projection for entry in linears)
-        p = first.dropout_p
+        p = rates.pop() if rates else 0.0
         ys = lora_qkv(x.to(first.dtype), q, k, v, p, norm_input=norm_input)
         return [y.to(first.out_dtype) for y in ys]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "pending": (None, {})}
+
+
+def _circumstances(x: Tensor) -> tuple[Any, ...]:
+    """What else an output of x depends on."""
+    if torch.compiler.is_compiling():
+        return ()  # written down once, nothing comes between
+    device = x.device.type
+    version = None if x.is_inference() else x._version
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return version, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, chosen()

@@ -12,13 +12,14 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from pyft.integrations.fused import Fused, answer_of_double, hooked
+from pyft.integrations.fused import Fused, answers_of_double, hooked
 from pyft.integrations.linears import adapted
-from pyft.integrations.norms import norm_input_of
+from pyft.integrations.norms import norm_input_of, same_rows
 from pyft.ops import glu
 from pyft.ops.lora_mlp import lora_mlp
 
-_ROWS, _WIDTH = 3, 6
+_SCALES = (1e-3, 0.3, 1.0, 3.0, 30.0, 1e3)  # of the rows: a clamp shows at some
+_WIDTH = 16
 
 
 class Gated(NamedTuple):
@@ -36,11 +37,11 @@ class _StandIn(nn.Module):
     def __init__(self, answer: Tensor | None) -> None:
         super().__init__()
         self.answer = answer
-        self.given: Tensor | None = None
+        self.given: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         """The answer, or x."""
-        self.given = x
+        self.given.append(x)
         return x if self.answer is None else self.answer
 
 
@@ -49,24 +50,36 @@ def gated_mlp(module: nn.Module) -> Gated | None:
     linears = [name for name, child in module.named_children() if _is_linear(child)]
     if len(linears) not in (2, 3) or next(module.parameters(recurse=False), None) is not None:
         return None
+    if any(_has_state(child) for name, child in module.named_children() if name not in linears):
+        return None
     generator = torch.Generator().manual_seed(0)
-    x, gate, up = (torch.randn(_ROWS, _WIDTH, generator=generator) for _ in range(3))
+    x, gate, up = (torch.randn(len(_SCALES), _WIDTH, generator=generator) for _ in range(3))
+    gate, up = (t * torch.tensor(_SCALES)[:, None] for t in (gate, up))
     for names in permutations(linears):
         answers = [gate, up] if len(names) == 3 else [torch.cat((gate, up), -1)]
         stand_ins = [_StandIn(answer) for answer in [*answers, None]]
         children = {**module._modules, **dict(zip(names, stand_ins, strict=True))}
-        found = answer_of_double(module, x, _modules=children)
+        found = answers_of_double(module, x, _modules=children)
         given = stand_ins[-1].given
-        if found is None or given is None or not torch.equal(found, given):
+        if found is None or not all(answer is of for answer, of in zip(found, given, strict=True)):
             continue
-        if given.shape != gate.shape or any(s.given is not x for s in stand_ins[:-1]):
+        if any(t is not x for stand_in in stand_ins[:-1] for t in stand_in.given):
             continue
         for activation in glu.ACTIVATIONS:
             wanted = glu.forward(gate, up, activation, "auto")
-            if torch.allclose(given, wanted, rtol=1e-5, atol=1e-6):
+            if all(same_rows(answer, wanted, 1e-5) for answer in given):
                 second = names[1] if len(names) == 3 else None
                 return Gated(names[0], second, names[-1], activation)
     return None
+
+
+def _has_state(module: nn.Module) -> bool:
+    """Whether a module is more than a function of its input."""
+    stateful = (
+        next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+    )
+    drops = any(type(part).__name__.endswith("Dropout") for part in module.modules())
+    return stateful or drops or any(map(hooked, module.modules()))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -91,7 +104,7 @@ def _fused(module: Any, x: Tensor) -> Tensor | None:
     gated: Gated = module._pyft_gated
     names = [name for name in gated[:3] if name is not None]
     linears = [getattr(module, name) for name in names]
-    if any(map(hooked, linears)):
+    if any(map(hooked, module.children())):
         return None  # the module's own forward calls them
     given = [adapted(linear, x) for linear in linears]
     found = [entry for entry in given if entry is not None]
@@ -101,6 +114,7 @@ def _fused(module: Any, x: Tensor) -> Tensor | None:
     if len({(entry.dtype, entry.out_dtype) for entry in found}) != 1 or len(rates) > 1:
         return None
     dtype, out_dtype = found[0].dtype, found[0].out_dtype
+    ranks = sum(entry.rank for entry in found[:-1])
     y = lora_mlp(
         x.to(dtype),
         found[0].projection,
@@ -108,7 +122,7 @@ def _fused(module: Any, x: Tensor) -> Tensor | None:
         found[-1].projection,
         gated.activation,
         rates.pop() if rates else 0.0,
-        norm_input=norm_input_of(x) if dtype == x.dtype else None,
+        norm_input=norm_input_of(x, ranks) if dtype == x.dtype else None,
         recompute=module._pyft_recompute,
     )
     return y.to(out_dtype)

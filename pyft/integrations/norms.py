@@ -11,6 +11,7 @@ need not keep it, and leaves room beside its rows for what an adapter puts there
 
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional
 
-from pyft.integrations.fused import Fused, answer_of_double, plain_class
+from pyft.integrations.fused import Fused, answers_of_double, plain_class, replaced
 from pyft.ops.norm import layer_norm, rms_norm
 from pyft.ops.rope import rope
 from pyft.ops.shared.group import NormInput
@@ -28,15 +29,26 @@ _NOTE = "_pyft_norm_input"
 _ROTARY = "apply_rotary_pos_emb"
 
 
-def norm_input_of(x: Tensor) -> NormInput | None:
-    """What a fused norm noted on the tensor it returned, if nothing was written to it since."""
+def norm_input_of(x: Tensor, ranks: int) -> NormInput | None:
+    """What a fused norm noted on the tensor it returned, if nothing was written to it since; with
+    its buffer, if that has room for so many ranks. Writing through ``.data`` is not noticed.
+    """
     if torch.compiler.is_compiling():
         return None
     note = getattr(x, _NOTE, None)
-    if note is None or note[0] != x._version:
+    if note is None or note[0] != _state(x, note[1].h):
         return None
     norm_input: NormInput = note[1]
+    buffer = norm_input.buffer
+    if buffer is not None and buffer.shape[1] < x.shape[-1] + ranks:
+        return norm_input._replace(buffer=None)
     return norm_input
+
+
+def _state(x: Tensor, h: Tensor) -> tuple[int, ...]:
+    """What changes when either is written to or given other memory."""
+    storages = (x.untyped_storage()._cdata, h.untyped_storage()._cdata)
+    return x._version, h._version, *storages
 
 
 def kind_of_norm(module: nn.Module) -> str | None:
@@ -47,22 +59,35 @@ def kind_of_norm(module: nn.Module) -> str | None:
         return None
     if next(module.children(), None) is not None or weight.device.type == "meta":
         return None
+    if module._buffers or replaced(module):
+        return None
     generator = torch.Generator().manual_seed(0)
-    d = weight.shape[0]
-    x, w, b = (torch.randn(*shape, generator=generator) for shape in ((3, d), (d,), (d,)))
-    x = 2 * x + 0.5
+    d, root_eps = weight.shape[0], max(eps, 1e-12) ** 0.5
+    # Rows of which eps is nothing, some, and all.
+    scales = torch.tensor([[2.0, 30.0, 1e-2], [3 * root_eps, root_eps, 0.1 * root_eps]])
+    x = (torch.randn(2, 3, d, generator=generator) + 0.25) * scales[:, :, None]
+    w, b = (torch.randn(d, generator=generator) for _ in range(2))
     stand_ins = {"weight": nn.Parameter(w)} | ({} if bias is None else {"bias": nn.Parameter(b)})
-    found = answer_of_double(module, x, _parameters=stand_ins)
-    if found is None or found.shape != x.shape:
+    found = answers_of_double(module, x, _parameters={**module._parameters, **stand_ins})
+    if found is None:
         return None
     root = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    answers = {"layer": functional.layer_norm(x, (d,), w, None if bias is None else b, eps)}
+    wide = functional.layer_norm(x.double(), (d,), w.double(), None, eps)
+    answers = {"layer": wide.float() if bias is None else wide.float() + b}
     if bias is None:
         answers |= {"rms": root * w, "rms around 0": root * (1 + w)}
     for kind, answer in answers.items():
-        if torch.allclose(found, answer, rtol=1e-4, atol=1e-4):
+        if all(same_rows(each, answer, 1e-4) for each in found):
             return kind
     return None
+
+
+def same_rows(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    """Whether each row [.., D] is the wanted one, within so much of its largest value."""
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    largest = wanted.abs().amax(-1, keepdim=True)
+    return bool(((found - wanted).abs() <= tolerance * largest).all())
 
 
 def _eps(module: nn.Module) -> float | None:
@@ -92,7 +117,7 @@ class FusedNorm(Fused):
         y: Tensor = rms_norm(x, weight, eps, offset=offset, tail=tail)  # type: ignore[assignment]
         if noting:
             note = NormInput(x, weight, eps, offset, _buffer(y, tail))
-            setattr(y, _NOTE, (y._version, note))
+            setattr(y, _NOTE, (_state(y, x), note))
         return y
 
 
@@ -118,6 +143,7 @@ class Style(NamedTuple):
 
     interleaved: bool
     repeated: bool  # each angle beside itself; otherwise all the angles, and then all again
+    partial: bool  # whether it takes heads wider than cos and sin, whose other dimensions pass
 
     def angles(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """Each angle of cos or sin [.., R] once, and once more."""
@@ -131,19 +157,26 @@ class Style(NamedTuple):
 def style_of_rotary(function: Callable[..., Any]) -> Style | None:
     """None where it computes something else."""
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(2, heads, 3, 8, generator=generator) for heads in (2, 1))
+    q, k = (torch.randn(2, heads, 3, 12, generator=generator) for heads in (2, 1))
     angle = torch.randn(2, 3, 4, generator=generator)
-    for style in (Style(i, r) for i in (False, True) for r in (False, True)):
+
+    def same(style: Style, width: int) -> bool | None:
+        """Whether it turns heads this wide so; None where it cannot turn them."""
         table = angle.repeat_interleave(2, -1) if style.repeated else torch.cat((angle, angle), -1)
+        heads = q[..., :width], k[..., :width]
         try:
-            found = function(q, k, table.cos(), table.sin())
-            turned_q, turned_k = found
-        except (TypeError, RuntimeError, ValueError):
-            continue
-        wanted_q, wanted_k = rope(q, k, angle.cos(), angle.sin(), interleaved=style.interleaved)
-        same = torch.allclose(turned_q, wanted_q, atol=1e-5)
-        if same and wanted_k is not None and torch.allclose(turned_k, wanted_k, atol=1e-5):
-            return style
+            turned_q, turned_k = function(*heads, table.cos(), table.sin())
+            found_q, found_k = rope(*heads, angle.cos(), angle.sin(), None, style.interleaved)
+            assert found_k is not None
+            same_q = torch.allclose(turned_q, found_q, atol=1e-5)
+            return same_q and torch.allclose(turned_k, found_k, atol=1e-5)
+        except Exception:  # whatever a function of another kind makes of it
+            return None
+
+    for interleaved, repeated in product((False, True), repeat=2):
+        style = Style(interleaved, repeated, False)
+        if same(style, 8):
+            return style._replace(partial=bool(same(style, 12)))
     return None
 
 
@@ -177,21 +210,28 @@ def with_rope(plain: Any) -> Callable[..., Any]:
 
 
 def _rotary(original: Callable[..., Any], style: Style) -> Callable[..., Any]:
-    """``pyft.rope`` with the original's arguments, where it computes the same."""
-    twice: list[bool] = []  # whether cos and sin were seen to say each angle twice
+    """``pyft.rope`` with the original's arguments, where it computes the same.
+
+    That cos and sin say each angle twice is looked at once for each width of theirs: a GPU would
+    have to be waited for.
+    """
+    twice: dict[int, bool] = {}  # width of cos -> whether it was seen to say each angle twice
 
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         plain = not args and not kwargs and q.dim() == 4 and cos.dim() == 3
-        if plain and q.dtype == k.dtype == cos.dtype and cos.shape[-1] <= q.shape[-1]:
+        learned = cos.requires_grad or sin.requires_grad
+        fits = cos.shape[-1] == q.shape[-1] or (style.partial and cos.shape[-1] < q.shape[-1])
+        if plain and fits and not learned and q.dtype == k.dtype == cos.dtype:
             (cos_once, cos_again), (sin_once, sin_again) = style.angles(cos), style.angles(sin)
-            if not twice and not torch.compiler.is_compiling():
+            width = cos.shape[-1]
+            if width not in twice and not torch.compiler.is_compiling():
                 if is_fake(cos):  # without numbers to look at it is traced as if they did
                     return rope(q, k, cos_once, sin_once, interleaved=style.interleaved)
                 same = torch.equal(cos_once, cos_again) and torch.equal(sin_once, sin_again)
-                twice.append(same)
-            if twice and twice[0]:
+                twice[width] = same
+            if twice.get(width, False):
                 return rope(q, k, cos_once, sin_once, interleaved=style.interleaved)
         return original(q, k, cos, sin, *args, **kwargs)
 

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from pyft.backend import select
-from pyft.integrations.fused import fuse, plain_class, unfuse
+from pyft.integrations.fused import Fused, fuse, plain_class, replaced, unfuse
 from pyft.integrations.linears import (
     FusedLinear,
     Group,
@@ -126,6 +126,8 @@ def _linears(model: nn.Module) -> Iterator[Applied]:
 
 
 def _linear(name: str, layer: LoraLayer) -> Applied:
+    if isinstance(layer.get_base_layer(), Fused):  # of a group, before it had an adapter
+        unfuse(layer.get_base_layer())
     reason = obstacle(layer)
     if reason is not None:
         unfuse(layer)
@@ -167,7 +169,7 @@ def _attentions(model: nn.Module) -> Iterator[Applied]:
             if entry is not None:
                 yield entry
         function = rotary_of(module)
-        if function is not None:
+        if function is not None and not replaced(module):
             style = style_of_rotary(function)
             if style is None:
                 why = f"{function.__module__}.{function.__name__} computes something else"
@@ -216,8 +218,9 @@ def _mlps(model: nn.Module, recompute: bool) -> Iterator[Applied]:
             continue
         linears = [getattr(module, child) for child in gated[:3] if child is not None]
         adapters = [linear for linear in linears if isinstance(linear, LoraLayer)]
-        if any(obstacle(layer) is not None or layer.lora_variant for layer in adapters):
-            why = "an adapter on it is not a fused LoRA linear, or is DoRA's"
+        why = _unfit(module, linears, adapters)
+        if why:
+            unfuse(module)
             yield Applied(name, plain_class(module).__name__, why)
             continue
         if not adapters and not any(isinstance(m.weight, QuantizedTensor) for m in linears):
@@ -226,6 +229,18 @@ def _mlps(model: nn.Module, recompute: bool) -> Iterator[Applied]:
         fuse(module, FusedMLP, gated=gated, recompute=recompute)
         device = (weight_of(adapters[0]) if adapters else linears[0].weight).device
         yield Applied(name, f"pyft.lora_mlp on {select('lora_mlp', device)} ({gated.activation})")
+
+
+def _unfit(module: nn.Module, linears: list[Any], adapters: list[Any]) -> str:
+    """Why a gated MLP cannot be one; "" when it can."""
+    if replaced(module):
+        return "its forward was replaced"
+    if any(obstacle(layer) is not None or layer.lora_variant for layer in adapters):
+        return "an adapter on it is not a fused LoRA linear, or is DoRA's"
+    others = {plain_class(linear) for linear in linears if linear not in adapters}
+    if others - {nn.Linear}:
+        return "not each of its linears is torch's or a LoRA linear"
+    return ""
 
 
 def _norms(model: nn.Module) -> Iterator[Applied]:

@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyft.backend import PREFERENCE, backend, chosen, implementation, obstacle, select
+from pyft.backend import (
+    PREFERENCE,
+    backend,
+    chosen,
+    device_guard,
+    implementation,
+    obstacle,
+    select,
+)
 from pyft.errors import UsageError
 from pyft.op import Op
 
@@ -34,7 +42,8 @@ def apply_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
         return dropped
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     kernels = implementation("dropout", name)
-    kernels.dropout(x.contiguous(), int(seed), reference.threshold(p), 1.0 / (1.0 - p), out)
+    with device_guard(x):
+        kernels.dropout(x.contiguous(), int(seed), reference.threshold(p), 1.0 / (1.0 - p), out)
     return out
 
 
@@ -47,6 +56,16 @@ class Dropout(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """x dropped."""
         return x if self.seed is None else apply_dropout(x, self.p, self.seed)
+
+    def as_numbers(self) -> tuple[int, float, int]:
+        """Threshold, scale of what is kept, and seed, as kernels take them; threshold 0: none."""
+        if self.seed is None:
+            return 0, 1.0, 0
+        threshold = implementation("dropout", "reference").threshold(self.p)
+        return threshold, 1.0 / (1.0 - self.p), int(self.seed)
+
+
+NO_DROPOUT = Dropout(None, 0.0)
 
 
 def _forward(x: Tensor, p: float, seed: Tensor, name: str) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyft.backend import chosen, device_guard, implementation, launcher
 from pyft.errors import UsageError
 from pyft.op import Op, Primitive
-from pyft.ops.shared.rows import as_rows
+from pyft.ops.shared.rows import as_rows, rows_with_room
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 
@@ -21,7 +21,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 def forward(gate: Tensor, up: Tensor | None, activation: str, name: str, tail: int = 0) -> Tensor:
     """y of rows gate and up [M, I]: the left part of a buffer with ``tail`` more columns."""
     m, i = gate.shape
-    y = gate.new_empty(m, i + tail)[:, :i]
+    y = rows_with_room(gate, m, i, tail)
     kernels = launcher("glu", gate, name)
     if kernels is None:
         y.copy_(implementation("glu", "reference").glu(gate, up, activation))

@@ -1,6 +1,6 @@
 """The product of activations and a weight with an adapter's low-rank product beside it.
 
-    out = x W + bias + scale S B        x [M, K]   W [K, N]   S [M, R]   B [R, N]
+    out = x W + bias + scale drop(S B)  x [M, K]   W [K, N]   S [M, R]   B [R, N]
 
 There are three ways, and which one runs is data:
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyft.backend import device_guard, implementation, prefers_triton
+from pyft.ops.dropout import NO_DROPOUT, Dropout
 
 # Where ``auto`` takes the Triton matmul: device type -> dtypes. None was measured on a GPU yet.
 EPILOGUE: dict[str, tuple[torch.dtype, ...]] = {}
@@ -23,19 +24,26 @@ EPILOGUE: dict[str, tuple[torch.dtype, ...]] = {}
 
 @dataclass(frozen=True)
 class LowRank:
-    """scale S B; S [M, R] and B [R, N] of any strides."""
+    """scale drop(S B); S [M, R] and B [R, N] of any strides."""
 
     s: Tensor
     b: Tensor
     scale: float
+    drop: Dropout = NO_DROPOUT
 
     def columns(self, begin: int, end: int) -> "LowRank":
-        """Columns ``begin`` to ``end`` of the product."""
+        """Columns ``begin`` to ``end`` of a product in which nothing is dropped, or all columns."""
+        if (begin, end) == (0, self.b.shape[1]):
+            return self
+        assert self.drop.seed is None  # the mask is of the whole
         return LowRank(self.s, self.b[:, begin:end], self.scale)
 
     def add_to(self, out: Tensor) -> None:
-        """out += scale S B."""
-        out.addmm_(self.s, self.b, alpha=self.scale)
+        """out += scale drop(S B)."""
+        if self.drop.seed is None:
+            out.addmm_(self.s, self.b, alpha=self.scale)
+        else:
+            out.add_(self.drop(torch.mm(self.s, self.b)), alpha=self.scale)
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ def product(
     if low is not None and not accumulate and prefers_triton("lora_matmul", x, EPILOGUE):
         with device_guard(x):
             kernels = implementation("lora_matmul", "triton")
-            kernels.lora_matmul(x, w, low.s, low.b, low.scale, bias, out)
+            kernels.lora_matmul(x, w, low.s, low.b, low.scale, bias, out, *low.drop.as_numbers())
         return
     if accumulate:
         out.addmm_(x, w)

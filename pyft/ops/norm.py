@@ -23,7 +23,7 @@ from torch import Tensor
 from pyft.backend import chosen, device_guard, implementation, launcher
 from pyft.errors import UsageError
 from pyft.op import Op, Primitive
-from pyft.ops.shared.rows import as_rows
+from pyft.ops.shared.rows import as_rows, rows_with_room
 
 # Partial sums of a weight's gradient: their number on a device's type, of at least so many rows
 # each, and of at most _MOST_ROWS, which one fp32 sum may run over.
@@ -48,7 +48,7 @@ def forward(
     y is the left part of a buffer with ``tail`` more columns.
     """
     m, d = x.shape
-    y = x.new_empty(m, d + tail)[:, :d]
+    y = rows_with_room(x, m, d, tail)
     h = x.new_empty(0) if residual is None else x.new_empty(m, d)
     mean = x.new_empty(m if centered else 0, dtype=torch.float32)
     rstd = x.new_empty(m, dtype=torch.float32)
@@ -90,7 +90,7 @@ def _fake(
     m, d = x.shape
     h = x.new_empty(0) if residual is None else x.new_empty(m, d)
     mean = x.new_empty(m if centered else 0, dtype=torch.float32)
-    return x.new_empty(m, d + tail)[:, :d], h, mean, x.new_empty(m, dtype=torch.float32)
+    return x.new_empty_strided((m, d), (d + tail, 1)), h, mean, x.new_empty(m, dtype=torch.float32)
 
 
 def _gradients(

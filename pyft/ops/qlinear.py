@@ -102,17 +102,20 @@ def input_gradient(
     columns = columns_of(w.parts)
     dx = dy.new_empty(dy.shape[0], cols) if into is None or columns is not None else into
     with backend(name):
-        for begin, end in slabs(cols, rows, _decoded_dtype(dy)):
-            part_low = None if low is None or columns is not None else low.columns(begin, end)
+        parts = slabs(cols, rows, _decoded_dtype(dy))
+        dropped = low is not None and low.drop.seed is not None
+        apart = columns is not None or (dropped and len(parts) > 1)
+        for begin, end in parts:
+            part_low = None if low is None or apart else low.columns(begin, end)
             with w.slab((0, rows, begin, end), _decoded_dtype(dy)) as part:
                 weight, to = part.to(dy.dtype), dx[:, begin:end]
                 product(dy, weight, part_low, None, to, accumulate=dx is into)
-    if columns is None:
-        return dx
-    dx = dx.index_select(1, columns.argsort())
-    if low is not None:
+    if columns is not None:
+        dx = dx.index_select(1, columns.argsort())
+        dx = dx if into is None else into.add_(dx)
+    if apart and low is not None:
         low.add_to(dx)
-    return dx if into is None else into.add_(dx)
+    return dx
 
 
 def scratch_shape(rows: int, cols: int, dtype: torch.dtype) -> tuple[int, int]:

@@ -68,7 +68,7 @@ def _adjacent(x: Tensor) -> Tensor:
 def _empty_like(x: Tensor) -> Tensor:
     """[B, H, S, D] laid out as [B, S, H, D]: as the projections write, and attention reads, it."""
     b, h, s, d = x.shape
-    return x.new_empty(b, s, h, d).transpose(1, 2)
+    return x.new_empty_strided((b, h, s, d), (s * h * d, d, h * d, 1))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -118,10 +118,11 @@ def rope(
         UsageError: shapes, dtypes or devices that do not fit; a backend asked for by name that
             cannot run.
     """
+    if chosen() != "reference":
+        _refuse_learned(cos, sin)
     _check(q, k, cos, sin, positions)
     if cos.dtype not in (q.dtype, torch.float32):
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-    cos, sin = cos.detach(), sin.detach()
     positions = None if positions is None else positions.long()
     if chosen() == "reference":
         turn = implementation("rope", "reference").rope
@@ -163,3 +164,11 @@ def _check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Ten
             raise UsageError(
                 f"rope: q is on {q.device} and {what} on {tensor.device}; move one of them"
             )
+
+
+def _refuse_learned(cos: Tensor, sin: Tensor) -> None:
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        raise UsageError(
+            "rope: cos and sin require a gradient, which they do not get; detach them, or use "
+            'pyft.backend("reference")'
+        )

@@ -57,9 +57,7 @@ def _kernel(
             left,
             right,
             scale,
-            implementation("dropout", "reference").threshold(drop.p) if dropped else 0,
-            1.0 / (1.0 - drop.p),
-            int(drop.seed) if drop.seed is not None else 0,
+            *drop.as_numbers(),
             out,
         )
     return True

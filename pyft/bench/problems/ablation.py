@@ -64,7 +64,7 @@ def skinny_work(m: int, k: int, rank: int, itemsize: int) -> Work:
 
 
 def _cases(op: str, request: Request) -> list[Case]:
-    layers = list(request.layers or default_layers(request.machine)[-1:])
+    layers = list(request.layers or default_layers(request.machine))
     if op == "skinny":
         layers = list({layer.k: layer for layer in layers}.values())
     format = PLAIN if op == "lora_matmul" else ""
@@ -160,7 +160,7 @@ def _skinny(case: Case, request: Request) -> Iterator[Problem]:
     s = random((m, r), case, request.device, "s")
     work = skinny_work(m, k, r, x.element_size())
     for variant in SKINNY_VARIANTS:
-        function, _, dropped = variant.partition(", ")
+        function, _, dropped = variant.partition("+")
         p = P if dropped else 0.0
         drop = Dropout(torch.tensor(SEED) if dropped else None, p)
         project = function == "project"
@@ -192,7 +192,7 @@ def _torch_reduce(s: Tensor, x: Tensor, p: float) -> Tensor:
     return torch.mm(s.t(), dropout(x, p) if p else x)
 
 
-SKINNY_VARIANTS = ("project", "reduce", "project, dropout", "reduce, dropout")
+SKINNY_VARIANTS = ("project", "reduce", "project+dropout", "reduce+dropout")
 LORA_MATMUL = Op(
     "lora_matmul",
     "a matmul with a low-rank product, each way it can be done",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyft.backend import chosen
 from pyft.ops import qlinear, skinny
-from pyft.ops.dropout import Dropout
+from pyft.ops.dropout import NO_DROPOUT, Dropout
 from pyft.ops.lora_matmul import LowRank, Wide, product
 
 
@@ -129,7 +129,7 @@ def adapter_gradients(
     for dy, p in zip(dys, projections, strict=True):
         if p.lora_b is not None:
             part = ds[:, slot : slot + p.rank]
-            skinny.project(dy, p.lora_b.t(), p.scale, Dropout(None, 0.0), part)
+            skinny.project(dy, p.lora_b.t(), p.scale, NO_DROPOUT, part)
             slot += p.rank
     return ds
 
@@ -142,11 +142,10 @@ def input_gradient(
     in_features: int,
 ) -> Tensor:
     """dX [M, K]."""
-    low = dropped = None
+    low = None
     if ds is not None:
         a = stacked([p.lora_a for p in projections if p.lora_a is not None])
-        low = LowRank(ds, a, 1.0) if drop.seed is None else None
-        dropped = None if drop.seed is None else drop(torch.mm(ds, a))
+        low = LowRank(ds, a, 1.0, drop)
     dx: Tensor | None = None
     for dy, p in zip(dys, projections, strict=True):
         if p.weight is None:
@@ -159,7 +158,7 @@ def input_gradient(
             dx = out
         low = None  # the first matmul has added it
     assert dx is not None
-    return dx if dropped is None else dx.add_(dropped)
+    return dx
 
 
 def leaf_gradients(
@@ -183,7 +182,7 @@ def leaf_gradients(
             found.append(da_all[i] if len(projections) == 1 else da_all[i].clone())
         if need.lora_b:
             part = s[:, slot : slot + p.rank]
-            found.append(skinny.reduce(part, dy, p.scale, Dropout(None, 0.0), transposed=True))
+            found.append(skinny.reduce(part, dy, p.scale, NO_DROPOUT, transposed=True))
         if need.bias:
             found.append(dy.sum(0))
         slot += p.rank
