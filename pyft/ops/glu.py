@@ -13,7 +13,7 @@ from torch import Tensor
 from pyft.backend import chosen, device_guard, implementation, launcher
 from pyft.errors import UsageError
 from pyft.op import Op, Primitive
-from pyft.ops.shared.rows import as_rows, rows_with_room
+from pyft.ops.shared.rows import as_rows, empty_rows, rows_with_room
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 
@@ -67,8 +67,8 @@ def _fake(gate: Tensor, up: Tensor | None, activation: str, name: str) -> Tensor
 def _gradients(
     dy: Tensor, gate: Tensor, up: Tensor | None, activation: str, name: str
 ) -> tuple[Tensor, Tensor]:
-    dgate = gate.new_empty(gate.shape)
-    dup = gate.new_empty(0 if up is None else up.shape)
+    dgate = empty_rows(gate, *gate.shape)
+    dup = gate.new_empty(0) if up is None else empty_rows(up, *up.shape)
     backward(dy, gate, up, activation, dgate, None if up is None else dup, None, name)
     return dgate, dup
 

@@ -17,7 +17,6 @@ Source: Shazeer, GLU Variants Improve Transformer (2020).
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyft.backend import backend, chosen, implementation, select
@@ -51,7 +50,7 @@ from pyft.ops.shared.projection import (
     schema,
     unflatten,
 )
-from pyft.ops.shared.rows import as_rows
+from pyft.ops.shared.rows import as_rows, empty_rows
 
 _COUNT = 3  # gate, up, down; up has no rows where the gate's are both's
 _PROJECTIONS = ", ".join(schema(name) for name in ("_gate", "_up", "_down"))
@@ -191,7 +190,7 @@ def _gradients(
         if need_dh:
             dh = input_gradient([dy], ds_down, [down], drop_down, g.shape[1])
             # What was made here is written over; what was saved never is.
-            dys = ys if recompute else [torch.empty_like(y) for y in ys]
+            dys = ys if recompute else [empty_rows(y, *y.shape) for y in ys]
             h = dh
             glu.backward(dh, g, u, activation, *_halves(dys), h if need_h else None, "auto")
         elif need_h:

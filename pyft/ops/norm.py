@@ -23,7 +23,7 @@ from torch import Tensor
 from pyft.backend import chosen, device_guard, implementation, launcher
 from pyft.errors import UsageError
 from pyft.op import Op, Primitive
-from pyft.ops.shared.rows import as_rows, rows_with_room
+from pyft.ops.shared.rows import as_rows, empty_rows, rows_with_room
 
 # Partial sums of a weight's gradient: their number on a device's type, of at least so many rows
 # each, and of at most _MOST_ROWS, which one fp32 sum may run over.
@@ -49,7 +49,7 @@ def forward(
     """
     m, d = x.shape
     y = rows_with_room(x, m, d, tail)
-    h = x.new_empty(0) if residual is None else x.new_empty(m, d)
+    h = x.new_empty(0) if residual is None else empty_rows(x, m, d)
     mean = x.new_empty(m if centered else 0, dtype=torch.float32)
     rstd = x.new_empty(m, dtype=torch.float32)
     kernels = launcher("norm", x, name)
@@ -117,7 +117,7 @@ def _gradients(
         )
     most, least_rows = _PARTS.get(h.device.type, _PARTS_ELSEWHERE)
     parts = max(1, min(-(-m // least_rows), most), -(-m // _MOST_ROWS))
-    dx = h.new_empty(m, d)
+    dx = empty_rows(h, m, d)
     dweight, dbias = (
         h.new_empty((parts, d) if need else 0, dtype=torch.float32)
         for need in (need_weight, need_bias)

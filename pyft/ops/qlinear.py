@@ -19,6 +19,7 @@ from pyft.backend import backend, device_guard, implementation, select
 from pyft.formats import FORMATS
 from pyft.ops.lora_matmul import LowRank, Wide, product
 from pyft.ops.quantize import DTYPES, decode_tables, dequantize_slab
+from pyft.ops.shared.rows import empty_rows
 from pyft.quantized import columns_of, named_parts
 from pyft.scratch import Slab, decoded, slabs
 
@@ -67,7 +68,7 @@ def forward(
     """
     rows, cols = w.shape
     columns = columns_of(w.parts)
-    y = x.new_empty(x.shape[0], rows)
+    y = empty_rows(x, x.shape[0], rows)
     dtype = _decoded_dtype(x)
     with backend(name):
         chosen = select("qlinear", x.device)
@@ -100,7 +101,7 @@ def input_gradient(
     """
     rows, cols = w.shape
     columns = columns_of(w.parts)
-    dx = dy.new_empty(dy.shape[0], cols) if into is None or columns is not None else into
+    dx = empty_rows(dy, dy.shape[0], cols) if into is None or columns is not None else into
     with backend(name):
         parts = slabs(cols, rows, _decoded_dtype(dy))
         dropped = low is not None and low.drop.seed is not None

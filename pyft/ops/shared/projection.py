@@ -22,6 +22,7 @@ from pyft.backend import chosen
 from pyft.ops import qlinear, skinny
 from pyft.ops.dropout import NO_DROPOUT, Dropout
 from pyft.ops.lora_matmul import LowRank, Wide, product
+from pyft.ops.shared.rows import empty_rows
 
 
 class Projection(NamedTuple):
@@ -103,7 +104,7 @@ def outputs(
             stored = qlinear.Stored(p.stored, p.format, p.block_size, shape)
             found.append(qlinear.forward(x, stored, p.bias, chosen(), low, wide))
         else:
-            y = x.new_empty(x.shape[0], p.out_features)
+            y = empty_rows(x, x.shape[0], p.out_features)
             product(x, p.weight.t(), low, p.bias, y)
             found.append(y)
     return found
@@ -153,7 +154,7 @@ def input_gradient(
             stored = qlinear.Stored(p.stored, p.format, p.block_size, shape)
             dx = qlinear.input_gradient(dy, stored, chosen(), low, dx)
         else:
-            out = dy.new_empty(dy.shape[0], in_features) if dx is None else dx
+            out = empty_rows(dy, dy.shape[0], in_features) if dx is None else dx
             product(dy, p.weight, low, None, out, accumulate=dx is not None)
             dx = out
         low = None  # the first matmul has added it
