@@ -189,7 +189,7 @@ def test_no_graph_and_no_tensor_is_kept():
 
     before = alive()
     found = subject.sequence_losses(model, BATCHES * 5)
-    assert alive() == before
+    assert alive() <= before  # what earlier tests left may go
     assert isinstance(found.sums, np.ndarray)
 
 

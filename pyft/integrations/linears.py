@@ -2,7 +2,7 @@
 
 What a layer is asked to do that the ops do not goes to PEFT's own forward. Several active adapters
 are one of the sum of their ranks, [A_1 ; A_2] and [s_1 B_1 | s_2 B_2]; DoRA scales the columns of
-the result by m / ‖W + s B A‖, the norms of whose rows are taken again only when A, B or W changed.
+the result by m / ‖W + s B A‖, the norms of whose rows are taken once a step.
 """
 
 from typing import Any, NamedTuple
