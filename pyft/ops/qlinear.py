@@ -23,11 +23,11 @@ from pyft.ops.shared.rows import empty_rows
 from pyft.quantized import columns_of, named_parts
 from pyft.scratch import Slab, decoded, slabs
 
-# Up to how many rows the kernel that decodes on the fly is the faster one. The CPU's numbers were
-# measured (AMD EPYC, AVX-512 with bf16 products); the GPUs' are what a memory-bound product allows,
-# not measured yet.
+# Up to how many rows the kernel that decodes on the fly is the faster one. The CPU's numbers are
+# those of benchmarks/fused_rows.py (AMD EPYC, AVX-512 with bf16 products; 128 is as far as it was
+# measured); the GPUs' are what a memory-bound product allows, not measured yet.
 FUSED_ROWS = {
-    "cpu": {torch.float32: 64, torch.float16: 64, torch.bfloat16: 24},
+    "cpu": {torch.float32: 128, torch.float16: 128, torch.bfloat16: 48},
     "cuda": dict.fromkeys(DTYPES, 8),
     "triton": dict.fromkeys(DTYPES, 16),
     "reference": dict.fromkeys(DTYPES, 0),
