@@ -80,6 +80,16 @@ def test_finetune(checkpoint, tmp_path, name, shape):
     assert all(row["passed"] for row in report["parity"])
 
 
+def test_parity_leaves_out_dora():
+    model = peft.get_peft_model(
+        build_model("llama"), peft.LoraConfig(r=4, target_modules=["o_proj"], use_dora=True)
+    )
+    apply(model)
+    ids = torch.randint(3, 4096, (1, 16))
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(16)[None]}
+    assert parity(SimpleNamespace(model=model), batch) == []
+
+
 def test_parity_leaves_out_fused_layers_that_never_run():
     model = peft.get_peft_model(
         build_model("llama"), peft.LoraConfig(r=4, target_modules="all-linear")

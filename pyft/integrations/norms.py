@@ -2,8 +2,8 @@
 
 A norm is a module of its own with a weight [D]; it is run on a few numbers with another weight,
 and what it answers says whether it is an RMSNorm (its weight stored around 0 or around 1) or a
-LayerNorm. A rotary
-embedding is the function ``apply_rotary_pos_emb`` an attention module calls; it is run likewise.
+LayerNorm. A rotary embedding is the function ``apply_rotary_pos_emb`` an attention module calls; it
+is run likewise.
 
 A fused norm notes on the tensor it returns what it was taken of, so that the linears that read it
 need not keep it, and leaves room beside its rows for what an adapter puts there.
