@@ -119,6 +119,8 @@ class Build(build_ext):
                 "static",
                 "--threads",
                 "2",
+                "-Xfatbin",
+                "-compress-all",
             ]
             flags = [nvcc, "-O3", "-std=c++17", "--fmad=false", *host, *archs]
         else:

@@ -36,6 +36,7 @@ GPU_TESTS = (
     "quantize",
     "qlinear",
     "optim",
+    "attention",
     "lora_linear",
     "lora_qkv",
     "lora_mlp",
@@ -54,6 +55,7 @@ CHUNKS = 3  # of the tests that are in neither
 # Steps of `pyft bench`: the file its results are in, and its ops, most valuable first.
 BENCHES = {
     "bench": ("bench", "dequantize qlinear adamw8bit quantize dropout"),
+    "bench of attention": ("bench-attention", "attention chunked_attention"),
     "bench of layers": (
         "bench-layers",
         "lora_linear lora_mlp decoder_layer lora_matmul skinny rms_norm rope swiglu lora_qkv "
@@ -104,8 +106,9 @@ def plan(output: Path, python: str, gpu: bool, parallel: bool, sanitizer: str | 
         Step(BUILD, [python, "setup.py", "-q", "build_ext", "--inplace"], 150, 60),
         Step("environment", [*parts, "environment"], 40, 10, json_line),
         tests("tests of kernels", first, 130, 60),
-        bench("bench of layers", 60, 190, 70),
-        bench("bench", 30, 100, 40),
+        bench("bench of attention", 45, 130, 60),
+        bench("bench of layers", 50, 150, 60),
+        bench("bench", 25, 80, 40),
         Step("memory", [*parts, "memory"], 50, 15, json_line, needs=BUILD),
         checked("memcheck", 80, 30),
         *(tests(f"tests {i + 1} of {CHUNKS}", chunk, 90) for i, chunk in enumerate(chunks)),

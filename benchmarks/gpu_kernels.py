@@ -2,7 +2,8 @@
 
 The native kernels run in every format, dtype and way of reading; the linear's is called directly,
 for the op takes it for few rows only. Triton, which compiles each variant first, runs the ops of a
-training step. Norms, rotary embeddings and activations run on each backend that has them.
+training step. Attention, norms, rotary embeddings and activations run on each backend that has
+them.
 """
 
 from typing import Any
@@ -31,6 +32,7 @@ OPTIMIZERS = (AdamW8bit, Lion8bit, SGD8bit)
 SIZES = (4097, 100)  # coded states with a last block of one element, and fp32 states
 HEADS = (2, 3, 5, 20)  # batch, query heads, tokens, size of a head
 TURNED = 12  # of it
+ATTENDED = (64, 40)  # sizes of a head: a whole tile, and not
 
 
 def kernels(device: torch.device, few: bool = False) -> dict[str, int]:
@@ -48,6 +50,7 @@ def kernels(device: torch.device, few: bool = False) -> dict[str, int]:
             if obstacle("norm", name) is None:
                 dtypes = (torch.bfloat16,) if few else DTYPES
                 ran[name] += sum(_layers(dtype, device) for dtype in dtypes)
+            ran[name] += sum(_attention(dtype, device) for dtype in DTYPES)
     for dtype in DTYPES:
         pyft.dropout(torch.randn(1001, dtype=dtype, device=device), 0.1, seed=1)
     if device.type == "cuda":
@@ -132,6 +135,35 @@ def _layers(dtype: torch.dtype, device: torch.device) -> int:
                 turned = pyft.rope(q, k, table.cos(), table.sin(), where, interleaved)
                 sum(y.sum() for y in turned).backward()
                 ran += 1
+    return ran
+
+
+def _attention(dtype: torch.dtype, device: torch.device) -> int:
+    """Of one backend what it has: windows, sinks, packed rows, and all that changes scores."""
+    batch, heads, tokens = 2, 4, 150
+    cu = torch.tensor([0, 3, 3, 140, 150], dtype=torch.int32, device=device)
+    ways: tuple[dict[str, Any], ...] = (
+        {"causal": False},
+        {"window": 9, "softcap": 5.0, "sinks": _leaf((heads,), torch.float32, device)},
+        {"cu_seqlens_q": cu},
+        {"alibi_slopes": torch.rand(heads, device=device), "dropout_p": 0.1, "seed": 1},
+        {"bias": _leaf((1, heads, tokens, tokens), dtype, device)},
+    )
+    ran = 0
+    for size in ATTENDED:
+        for way in ways:
+            rows = 1 if "cu_seqlens_q" in way else batch
+            q, k, v = (
+                _leaf((rows, tokens, h, size), dtype, device).transpose(1, 2) for h in (heads, 2, 2)
+            )
+            try:
+                o = pyft.attention(q, k, v, **way)
+            except pyft.UsageError:  # CUDA's has not all of it
+                if chosen() != "cuda":
+                    raise
+                continue
+            o.sum().backward()
+            ran += 1
     return ran
 
 

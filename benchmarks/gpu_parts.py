@@ -25,6 +25,7 @@ from pyft.optim import AdamW8bit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS = {"cuda": (14336, 4096, 2048), "cpu": (1024, 512, 64)}  # N, K, M
+HEADS = {"cuda": (32, 8, 16384, 128), "cpu": (4, 2, 1024, 64)}  # H, Hkv, S, D of attention
 RANK = 16
 QUERY = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu"
 
@@ -40,11 +41,13 @@ def environment() -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    """Peaks, as differences, of a linear's forward and backward and of an optimizer's step.
+    """Peaks, as differences, of a linear's and an attention's forward and backward and of an
+    optimizer's step.
 
     ``counted`` is the least that must be held: of a linear what it returns and the adapter's
-    products, of a step the states. ``first`` is the first call, which also makes what later calls
-    reuse: the buffer a quantized weight is decoded into, the states.
+    products, of attention the output, the gradients and two fp32 sums a row, of a step the states.
+    ``first`` is the first call, which also makes what later calls reuse: the buffer a quantized
+    weight is decoded into, the states.
     """
     n, k, m = LAYERS[DEVICE.type]
     w = torch.randn(n, k, dtype=torch.bfloat16, device=DEVICE) * k**-0.5
@@ -66,6 +69,18 @@ def memory() -> dict[str, Any]:
         "lora_linear, plain": _peaks(lambda: linear(w, a, b), y_and_dx + adapter),
         "lora_linear, nf4": _peaks(lambda: linear(q, a, b), y_and_dx + adapter),
     }
+    h, hkv, s, d = HEADS[DEVICE.type]
+    heads = [
+        torch.randn(1, s, size, d, dtype=w.dtype, device=DEVICE).transpose(1, 2).requires_grad_()
+        for size in (h, hkv, hkv)
+    ]
+    do = torch.randn_like(heads[0])
+
+    def attend() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(pyft.attention(*heads), heads, do)
+
+    returned = do.nbytes + sum(x.nbytes for x in heads)
+    found["attention"] = _peaks(attend, returned + 8 * h * s)
     states = 2 * w.numel() + 2 * 4 * -(-w.numel() // 256)
     for name, make, counted in (
         ("AdamW8bit step", AdamW8bit, states),

@@ -15,7 +15,7 @@ I, Hq and Hkv heads of size d, seven adapters of rank R:
     the adapters' inputs S                                      2 (7 R)
     1 / root mean square of either norm                         4 (2)
 
-What is kept beyond it is the stock attention's: k and v repeated for every query head, and a mask.
+Stock attention keeps k and v repeated for every query head, and a mask, beside that.
 """
 
 import argparse

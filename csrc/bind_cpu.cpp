@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-#include <tuple>
 #include <utility>
 
 #include "bind.h"
@@ -153,6 +151,37 @@ void glu_backward(Rows dy, Rows gate, Rows up, int activation, Rows dgate, Rows 
   check(pyft_cpu_glu_backward(&glu, static_cast<pyft_dtype>(dtype), static_cast<pyft_isa>(isa), threads));
 }
 
+void attention(const Attention& call, const View& o, uintptr_t lse, int dtype, int isa, int threads) {
+  const pyft_attention attention = attention_of(call);
+  const pyft_head_view out = view_of(o);
+  check(pyft_cpu_attention(&attention, &out, pointer<float>(lse), static_cast<pyft_dtype>(dtype),
+                           static_cast<pyft_isa>(isa), threads));
+}
+
+void attention_delta(const std::array<int64_t, 4>& shape, const View& o, const View& d_o, const View& d_lse,
+                     uintptr_t delta, int dtype, int isa, int threads) {
+  const pyft_head_view output = view_of(o), gradient = view_of(d_o);
+  check(pyft_cpu_attention_delta(shape[0], shape[1], shape[2], shape[3], &output, &gradient,
+                                 pointer<float>(std::get<0>(d_lse)), std::get<1>(d_lse).data(), pointer<float>(delta),
+                                 static_cast<pyft_dtype>(dtype), static_cast<pyft_isa>(isa), threads));
+}
+
+void attention_backward(const Attention& call, const Gradients& gradients, uintptr_t lse, uintptr_t delta, int dtype,
+                        int isa, int threads) {
+  const pyft_attention attention = attention_of(call);
+  const pyft_attention_backward backward = gradients_of(gradients, lse, delta);
+  check(pyft_cpu_attention_backward(&attention, &backward, static_cast<pyft_dtype>(dtype), static_cast<pyft_isa>(isa),
+                                    threads));
+}
+
+void attention_bias_backward(const Attention& call, const Gradients& gradients, uintptr_t lse, uintptr_t delta,
+                             uintptr_t d_bias, int dtype, int isa, int threads) {
+  const pyft_attention attention = attention_of(call);
+  const pyft_attention_backward backward = gradients_of(gradients, lse, delta);
+  check(pyft_cpu_attention_bias_backward(&attention, &backward, pointer<void>(d_bias), static_cast<pyft_dtype>(dtype),
+                                         static_cast<pyft_isa>(isa), threads));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -171,4 +200,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rope", &rope, release());
   m.def("glu", &glu, release());
   m.def("glu_backward", &glu_backward, release());
+  m.def("attention", &attention, release());
+  m.def("attention_delta", &attention_delta, release());
+  m.def("attention_backward", &attention_backward, release());
+  m.def("attention_bias_backward", &attention_bias_backward, release());
 }

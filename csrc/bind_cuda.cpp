@@ -1,6 +1,7 @@
 // pyft._cuda: the C ABI's CUDA half for Python. Device pointers and the stream are integers; a status that is not OK
 // becomes an exception.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
@@ -55,6 +56,28 @@ void optim(uintptr_t tensors, int64_t count, int64_t blocks, int dtype, int algo
                         &maps, grid, pointer<void>(stream)));
 }
 
+void attention(const Attention& call, const View& o, uintptr_t lse, int dtype, uintptr_t stream) {
+  const pyft_attention attention = attention_of(call);
+  const pyft_head_view out = view_of(o);
+  check(pyft_cuda_attention(&attention, &out, pointer<float>(lse), static_cast<pyft_dtype>(dtype),
+                            pointer<void>(stream)));
+}
+
+void attention_delta(const std::array<int64_t, 4>& shape, const View& o, const View& d_o, const View& d_lse,
+                     uintptr_t delta, int dtype, uintptr_t stream) {
+  const pyft_head_view output = view_of(o), gradient = view_of(d_o);
+  check(pyft_cuda_attention_delta(shape[0], shape[1], shape[2], shape[3], &output, &gradient,
+                                  pointer<float>(std::get<0>(d_lse)), std::get<1>(d_lse).data(), pointer<float>(delta),
+                                  static_cast<pyft_dtype>(dtype), pointer<void>(stream)));
+}
+
+void attention_backward(const Attention& call, const Gradients& gradients, uintptr_t lse, uintptr_t delta, int dtype,
+                        uintptr_t stream) {
+  const pyft_attention attention = attention_of(call);
+  const pyft_attention_backward backward = gradients_of(gradients, lse, delta);
+  check(pyft_cuda_attention_backward(&attention, &backward, static_cast<pyft_dtype>(dtype), pointer<void>(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -64,4 +87,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("dequantize", &dequantize, release());
   m.def("qlinear", &qlinear, release());
   m.def("optim", &optim, release());
+  m.def("attention", &attention, release());
+  m.def("attention_delta", &attention_delta, release());
+  m.def("attention_backward", &attention_backward, release());
 }

@@ -170,6 +170,53 @@ typedef struct {
   int64_t dy_stride, gate_stride, up_stride, dgate_stride, dup_stride, out_stride;
 } pyft_glu_backward;
 
+// ---- attention: the equations are those of pyft/reference/attention.py ---------------------------------------------
+
+// A tensor [batch, heads, seq, dim] of the call's dtype; elements of dim adjacent.
+typedef struct {
+  void* data;  // or NULL: a gradient that nobody wants
+  int64_t batch_stride, head_stride, seq_stride;
+} pyft_head_view;
+
+// Bounds of the keys a query sees that are not there.
+#define PYFT_UNBOUNDED INT64_MAX
+
+// Query i of a sequence with nq queries and nk keys stands at p = i + nk - nq + shift. It sees key j when
+// p - left <= j <= p + right. Of those, with s the scale q·k, capped, plus bias, minus slope |p - j|:
+//   P = exp(s - lse), lse = log(sum exp(s) + exp(sink)), o = sum dropped(P) v
+// A query that sees nothing: o = 0, lse = sink, or -infinity where there is no sink.
+typedef struct {
+  int64_t batch, q_heads, kv_heads, q_len, k_len, dim, v_dim;  // query head h reads key head h / (q_heads / kv_heads)
+  pyft_head_view q, k, v;
+  const float* sinks;   // fp32 [q_heads] or NULL
+  const float* slopes;  // fp32 [batch, q_heads] or NULL
+  const void* bias;     // [batch, q_heads, q_len, k_len], or NULL
+  pyft_dtype bias_dtype;
+  int64_t bias_strides[4];      // 0 where one value serves all
+  const int32_t* cu_seqlens_q;  // [sequences + 1], ascending from 0 to q_len, or NULL: one sequence a row; batch is 1
+  const int32_t* cu_seqlens_k;  // set when cu_seqlens_q is
+  int64_t sequences;
+  float scale;
+  float softcap;  // s becomes softcap tanh(s / softcap); 0: as it is
+  int64_t left, right, shift;
+  // dropout: P of query token i and key j of its sequence is kept and times `keep`, where word e of the random words
+  // of `seed` (pyft_cpu_dropout's) >= threshold, e = ((b q_heads + h) q_len + i) pitch + j with pitch = k_len rounded
+  // up to a multiple of 4; i counts from the beginning of the row, not of the sequence. threshold 0: no dropout
+  uint64_t seed;
+  uint32_t threshold;
+  float keep;
+} pyft_attention;
+
+// delta = the sum of o times d_o over dim, minus d_lse: what all the gradients of a row have in common.
+//   dS = P (kept(dP) - delta), dP = d_o·v; times 1 - (s / softcap)^2 where capped, it is dq = scale dS k and
+//   dk = scale dSᵀ q; dv = dropped(P)ᵀ d_o; d_bias = dS as it is before the cap, summed over what one value served
+typedef struct {
+  pyft_head_view d_o;  // [batch, q_heads, q_len, v_dim]
+  const float* lse;    // fp32 [batch, q_heads, q_len]
+  const float* delta;  // fp32 [batch, q_heads, q_len]
+  pyft_head_view dq, dk, dv;
+} pyft_attention_backward;
+
 // ---- CPU ----------------------------------------------------------------------------------------------------------
 
 // The best instruction set this CPU and its operating system support.
@@ -212,6 +259,23 @@ pyft_status pyft_cpu_rope(const pyft_rope* rope, const pyft_heads* q, const pyft
 pyft_status pyft_cpu_glu(const pyft_glu* glu, pyft_dtype dtype, pyft_isa isa, int threads);
 pyft_status pyft_cpu_glu_backward(const pyft_glu_backward* glu, pyft_dtype dtype, pyft_isa isa, int threads);
 
+// o [batch, q_heads, q_len, v_dim], lse fp32 [batch, q_heads, q_len].
+pyft_status pyft_cpu_attention(const pyft_attention* attention, const pyft_head_view* o, float* lse, pyft_dtype dtype,
+                               pyft_isa isa, int threads);
+
+// delta fp32 [batch, heads, seq] of o and d_o [batch, heads, seq, dim]; d_lse has distances of its own, or is NULL.
+pyft_status pyft_cpu_attention_delta(int64_t batch, int64_t heads, int64_t seq, int64_t dim, const pyft_head_view* o,
+                                     const pyft_head_view* d_o, const float* d_lse, const int64_t d_lse_strides[3],
+                                     float* delta, pyft_dtype dtype, pyft_isa isa, int threads);
+
+// Gradients that are NULL are not computed.
+pyft_status pyft_cpu_attention_backward(const pyft_attention* attention, const pyft_attention_backward* backward,
+                                        pyft_dtype dtype, pyft_isa isa, int threads);
+
+// d_bias: contiguous, of the bias's dtype, with 1 for each dimension whose bias_stride is 0.
+pyft_status pyft_cpu_attention_bias_backward(const pyft_attention* attention, const pyft_attention_backward* backward,
+                                             void* d_bias, pyft_dtype dtype, pyft_isa isa, int threads);
+
 // ---- CUDA (pointers are device pointers; `stream` is a cudaStream_t) ---------------------------------------------
 
 // Number of visible devices; 0 when there is no driver.
@@ -236,6 +300,16 @@ pyft_status pyft_cuda_qlinear(const void* x, int64_t m, int64_t x_stride, const 
 // blocks share the work.
 pyft_status pyft_cuda_optim(const pyft_optim_tensor* tensors, int64_t count, int64_t blocks, pyft_dtype dtype,
                             const pyft_optim_rule* rule, const pyft_optim_maps* maps, int grid, void* stream);
+
+// As pyft_cpu_attention and its backward, in fp16 on every GPU and in bf16 from compute capability 8.0; without bias,
+// slopes and dropout; dim and v_dim at most 256.
+pyft_status pyft_cuda_attention(const pyft_attention* attention, const pyft_head_view* o, float* lse, pyft_dtype dtype,
+                                void* stream);
+pyft_status pyft_cuda_attention_delta(int64_t batch, int64_t heads, int64_t seq, int64_t dim, const pyft_head_view* o,
+                                      const pyft_head_view* d_o, const float* d_lse, const int64_t d_lse_strides[3],
+                                      float* delta, pyft_dtype dtype, void* stream);
+pyft_status pyft_cuda_attention_backward(const pyft_attention* attention, const pyft_attention_backward* backward,
+                                         pyft_dtype dtype, void* stream);
 
 #ifdef __cplusplus
 }

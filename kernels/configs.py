@@ -111,6 +111,40 @@ class Dropout:
     num_warps: int = 4
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys at once, powers of two: of what a program goes through at least 16, of what
+    it has 16 for matrix units and 8 without.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Tiles of the forward and of the backward's passes: over blocks of keys, over blocks of
+    queries (and for the gradient of a bias). fused: one launch does both, with the warps and stages
+    of ``keys``. ``programs`` to have at least over blocks of keys, for which a group is split.
+    """
+
+    forward: Tile
+    keys: Tile
+    queries: Tile
+    fused: bool = False
+    programs: int = 128
+
+
+@dataclass(frozen=True)
+class AttentionDelta:
+    """``tile`` elements a program; a power of two."""
+
+    tile: int = 4096
+    num_warps: int = 4
+
+
 QUANTIZE = Quantize()
 DEQUANTIZE = Dequantize()
 QLINEAR = QLinear()
@@ -137,3 +171,52 @@ LORA_MATMUL_BY_MAJOR = {  # of the compute capability; others take LORA_MATMUL
 PROJECT = Skinny()
 REDUCE = Skinny(block_k=128, num_warps=8)
 SKINNY_NO_MATRIX_UNITS = Skinny(block_m=32, block_k=32, block_r=32, num_stages=2)
+
+ATTENTION_DELTA = AttentionDelta()
+# NVIDIA's compute capabilities from which a class of GPUs begins: by matrix units, shared memory.
+ATTENTION_CLASSES = {
+    (7, 0): "no_matrix_units",  # Triton has none before 8.0
+    (8, 0): "ampere",
+    (8, 6): "small",
+    (9, 0): "hopper",
+    (10, 0): "blackwell",
+    (12, 0): "small",
+}
+# class of GPUs, the first what all are in fp32 -> largest head dim -> tiles: no spills up to 128
+ATTENTION: dict[str, dict[int, Attention]] = {
+    "no_matrix_units": {
+        64: Attention(Tile(32, 32, 4, 1), Tile(16, 16, 4, 1), Tile(8, 16, 4, 1)),
+        128: Attention(Tile(16, 16, 4, 1), Tile(16, 8, 8, 1), Tile(16, 16, 8, 1)),
+        512: Attention(Tile(8, 16, 8, 1), Tile(16, 8, 8, 1), Tile(8, 16, 8, 1)),
+    },
+    "ampere": {
+        64: Attention(Tile(128, 64, 8, 3), Tile(32, 128, 8), Tile(128, 64, 8), fused=True),
+        128: Attention(Tile(128, 64, 8, 3), Tile(64, 64, 8), Tile(128, 32, 8), fused=True),
+        256: Attention(Tile(64, 64, 8), Tile(32, 32, 8), Tile(64, 32, 8), fused=True),
+        512: Attention(Tile(32, 32, 8), Tile(16, 16, 8), Tile(32, 16, 8), fused=True),
+    },
+    "small": {
+        64: Attention(Tile(128, 64, 8), Tile(32, 64), Tile(64, 64), fused=True),
+        128: Attention(Tile(128, 64, 8), Tile(64, 64, 8), Tile(64, 64, 8), fused=True),
+        256: Attention(Tile(64, 32, 8), Tile(32, 32, 8), Tile(32, 32, 8), fused=True),
+        512: Attention(Tile(32, 16, 8, 1), Tile(16, 16, 8), Tile(16, 16, 8), fused=True),
+    },
+    "hopper": {
+        64: Attention(Tile(128, 128, 8, 3), Tile(64, 128, 8), Tile(128, 128, 8), fused=True),
+        128: Attention(Tile(128, 128, 8), Tile(32, 128, 8), Tile(128, 64, 8), fused=True),
+        256: Attention(Tile(128, 64, 8), Tile(32, 32, 8), Tile(64, 32, 8), fused=True),
+        512: Attention(Tile(32, 32, 8), Tile(16, 16, 8), Tile(32, 16, 8), fused=True),
+    },
+    "blackwell": {
+        64: Attention(Tile(128, 128, 8, 3), Tile(64, 128, 8, 1), Tile(128, 64, 8)),
+        128: Attention(Tile(128, 64, 8, 3), Tile(32, 128, 8, 1), Tile(128, 64, 8)),
+        256: Attention(Tile(64, 64, 8), Tile(32, 32, 8), Tile(64, 32, 8), fused=True),
+        512: Attention(Tile(32, 32, 8), Tile(16, 16, 8), Tile(32, 16, 8), fused=True),
+    },
+    "amd": {
+        64: Attention(Tile(128, 64, 4, 1), Tile(32, 64, 4, 1), Tile(64, 64, 4, 1), fused=True),
+        128: Attention(Tile(64, 64, 4, 1), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), fused=True),
+        256: Attention(Tile(64, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), fused=True),
+        512: Attention(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), fused=True),
+    },
+}

@@ -12,7 +12,10 @@ from pyft.errors import PyftError, UsageError
 if TYPE_CHECKING:
     from pyft import optim
     from pyft.integrations.peft import apply, revert
+    from pyft.integrations.sdpa import scaled_dot_product_attention
     from pyft.integrations.transformers import prepare
+    from pyft.ops.attention import attention
+    from pyft.ops.chunked_attention import chunked_attention
     from pyft.ops.dropout import dropout
     from pyft.ops.glu import geglu, relu2, swiglu
     from pyft.ops.lora_linear import lora_linear
@@ -32,6 +35,8 @@ _LAZY = {
     "apply": "pyft.integrations.peft",
     "revert": "pyft.integrations.peft",
     "prepare": "pyft.integrations.transformers",
+    "attention": "pyft.ops.attention",
+    "chunked_attention": "pyft.ops.chunked_attention",
     "dropout": "pyft.ops.dropout",
     "geglu": "pyft.ops.glu",
     "relu2": "pyft.ops.glu",
@@ -42,6 +47,7 @@ _LAZY = {
     "layer_norm": "pyft.ops.norm",
     "rms_norm": "pyft.ops.norm",
     "rope": "pyft.ops.rope",
+    "scaled_dot_product_attention": "pyft.integrations.sdpa",
     "NormInput": "pyft.ops.shared.group",
     "dequantize": "pyft.ops.quantize",
     "quantize": "pyft.ops.quantize",
@@ -56,8 +62,10 @@ __all__ = [
     "QuantizedTensor",
     "UsageError",
     "apply",
+    "attention",
     "availability",
     "backend",
+    "chunked_attention",
     "dequantize",
     "dropout",
     "geglu",
@@ -73,6 +81,7 @@ __all__ = [
     "revert",
     "rms_norm",
     "rope",
+    "scaled_dot_product_attention",
     "swiglu",
 ]
 

@@ -7,7 +7,7 @@ ends at the reference; a backend asked for by name runs or it raises.
 
 import importlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from types import ModuleType
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# op -> backend -> module. The lora ops are made of vendor matmuls and their backend's kernels.
+# op -> backend -> module. The lora ops are made of vendor matmuls and their backend's kernels,
+# chunked attention of attention's.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "quantize": {
         "reference": "pyft.reference.quantize",
@@ -53,6 +54,12 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         }
         for op in ("norm", "rope", "glu")
     },
+    "attention": {
+        "reference": "pyft.reference.attention",
+        "cpu": "pyft.native",
+        "triton": "pyft.kernels.attention",
+        "cuda": "pyft.native",
+    },
     # Parts of the three below: the vendor's matmul where the choice is not Triton.
     **{
         op: {
@@ -70,7 +77,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
             "triton": f"pyft.ops.{op}",
             "cuda": f"pyft.ops.{op}",
         }
-        for op in ("lora_linear", "lora_qkv", "lora_mlp")
+        for op in ("lora_linear", "lora_qkv", "lora_mlp", "chunked_attention")
     },
 }
 
@@ -80,6 +87,8 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "reference"),
     "xpu": ("triton", "reference"),
 }
+# op -> the compute capability from which its Triton kernels come before the CUDA ones
+TRITON_FIRST = {"attention": (8, 0), "chunked_attention": (8, 0)}
 
 
 class _Choice(threading.local):
@@ -113,10 +122,21 @@ def chosen() -> str:
     return _choice.name
 
 
+def preference(op: str, device: "torch.device") -> tuple[str, ...]:
+    """The backends that can run an op on a device, best first."""
+    usable = PREFERENCE.get(device.type, ("reference",))
+    if device.type == "cuda" and op in TRITON_FIRST and obstacle(op, "triton") is None:
+        import torch
+
+        if torch.cuda.get_device_capability(device) >= TRITON_FIRST[op]:
+            return tuple(sorted(usable, key=lambda name: name != "triton"))
+    return usable
+
+
 def select(op: str, device: "torch.device", name: str | None = None) -> str:
     """The backend that runs ``op`` on ``device``: ``name``'s, or the one chosen now."""
     name = _choice.name if name is None else name
-    usable = PREFERENCE.get(device.type, ("reference",))
+    usable = preference(op, device)
     if name == "auto":
         return next(option for option in usable if obstacle(op, option) is None)
     if name not in usable:
@@ -238,19 +258,28 @@ def _no_cuda() -> str | None:
     return None
 
 
-def launcher(op: str, tensor: "torch.Tensor", name: str) -> ModuleType | None:
+def launcher(
+    op: str,
+    tensor: "torch.Tensor",
+    name: str,
+    refusal: Callable[[str], str | None] = lambda name: None,
+) -> ModuleType | None:
     """The module whose functions run ``op`` on the tensor: backend ``name``'s, or the best for
     "auto".
 
-    None where the reference has to: no kernel here, or none for the tensor's dtype.
+    None where the reference has to: no kernel here, or none for the tensor's dtype. ``refusal``
+    says of a backend why it cannot run this very call.
     """
     import torch
 
     best = select(op, tensor.device, name)
-    if best != "reference" and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return implementation(op, best)
+    if tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        usable = preference(op, tensor.device)[:-1] if name == "auto" else (best,)
+        for option in usable:
+            if option != "reference" and obstacle(op, option) is None and refusal(option) is None:
+                return implementation(op, option)
     if name not in ("auto", "reference"):
-        raise UsageError(
-            f"backend {name!r} cannot run {op} in {tensor.dtype}; use reference or auto"
-        )
+        reason = refusal(name)
+        why = f" in {tensor.dtype}" if reason is None else f": {reason}"
+        raise UsageError(f"backend {name!r} cannot run {op}{why}; use reference or auto")
     return None

@@ -276,3 +276,119 @@ def glu_backward(
     outputs = (_rows(dgate), _rows(dup), _rows(out))
     cpu_only = () if dy.is_cuda else (isa(), torch.get_num_threads())
     _launch("glu_backward", dy, (*inputs, *outputs, *dy.shape, DTYPES[dy.dtype]), cpu_only)
+
+
+UNBOUNDED = 2**63 - 1  # PYFT_UNBOUNDED of pyft.h
+# scale, left, right, shift, softcap, and dropout's seed, threshold and keep
+AttentionRule = tuple[
+    float, int | None, int | None, int, float | None, tuple[int, int, float] | None
+]
+
+
+def _view(x: Tensor | None) -> tuple[int, tuple[int, ...]]:
+    """Address and the distances of the first three dimensions."""
+    return (0, (0, 0, 0)) if x is None else (x.data_ptr(), x.stride()[:3])
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    rule: AttentionRule,
+) -> tuple[object, ...]:
+    """A call's pyft_attention."""
+    scale, left, right, shift, softcap, dropout = rule
+    bounds = (UNBOUNDED if bound is None else bound for bound in (left, right))
+    seed, threshold, keep = dropout or (0, 0, 1.0)
+    numbers = (scale, softcap or 0.0, *bounds, shift, seed & 0xFFFF_FFFF_FFFF_FFFF, threshold, keep)
+    sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    biased = (
+        (0, 0, (0, 0, 0, 0))
+        if bias is None
+        else (bias.data_ptr(), DTYPES[bias.dtype], bias.stride())
+    )
+    packed = (0, 0, 0) if cu_q is None else (cu_q.data_ptr(), _address(cu_k), cu_q.numel() - 1)
+    views = (_view(q), _view(k), _view(v))
+    return (views, sizes, _address(sinks), _address(slopes), biased, packed, numbers)
+
+
+def _on_cpu(x: Tensor) -> tuple[object, ...]:
+    return () if x.is_cuda else (isa(), torch.get_num_threads())
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    rule: AttentionRule,
+    o: Tensor,
+    lse: Tensor,
+) -> None:
+    """q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv] of any strides but the last -> o [B,
+    Hq, Sq, Dv], lse fp32 [B, Hq, Sq].
+
+    sinks fp32 [Hq]; bias [B, Hq, Sq, Sk] of any dtype and strides; slopes fp32 [B, Hq]; cu_q, cu_k
+    int32 [n + 1]. A CUDA kernel takes no bias, slopes or dropout.
+    """
+    call = _attention(q, k, v, sinks, bias, slopes, cu_q, cu_k, rule)
+    _launch("attention", q, (call, _view(o), lse.data_ptr(), DTYPES[q.dtype]), _on_cpu(q))
+
+
+def attention_delta(o: Tensor, do: Tensor, dlse: Tensor | None, delta: Tensor) -> None:
+    """o, do [B, H, S, D] -> delta fp32 [B, H, S], the sum of o do over D, minus dlse."""
+    arguments = (o.shape, _view(o), _view(do), _view(dlse), delta.data_ptr(), DTYPES[o.dtype])
+    _launch("attention_delta", o, arguments, _on_cpu(o))
+
+
+def attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    rule: AttentionRule,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+) -> None:
+    """do [B, Hq, Sq, Dv], lse and delta fp32 [B, Hq, Sq] -> the gradients that are not None, of
+    any strides but the last.
+    """
+    call = _attention(q, k, v, None, bias, slopes, cu_q, cu_k, rule)
+    gradients = tuple(map(_view, (do, dq, dk, dv)))
+    sums = (lse.data_ptr(), delta.data_ptr())
+    _launch("attention_backward", q, (call, gradients, *sums, DTYPES[q.dtype]), _on_cpu(q))
+
+
+def attention_bias_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    bias: Tensor,
+    slopes: Tensor | None,
+    rule: AttentionRule,
+    dbias: Tensor,
+) -> None:
+    """-> contiguous dbias, [B, Hq, Sq, Sk] with 1 for each dimension whose stride is 0 in bias."""
+    call = _attention(q, k, v, None, bias, slopes, None, None, rule)
+    gradients = tuple(map(_view, (do, None, None, None)))
+    outputs = (lse.data_ptr(), delta.data_ptr(), dbias.data_ptr(), DTYPES[q.dtype])
+    _launch("attention_bias_backward", q, (call, gradients, *outputs), _on_cpu(q))

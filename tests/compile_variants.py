@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from compile_attention import attention_variants
 from compile_gate import Variant
 from triton.runtime.jit import JITFunction
 
@@ -106,4 +107,5 @@ def fused_variants() -> dict[str, Variant]:
         "lora_matmul/bf16/backward/wide": adapted("bf16", configs.LORA_MATMUL_TMA, backward=True),
         "project/bf16/matrix": thin(skinny.project_kernel, configs.PROJECT, dropout=False),
         "reduce/bf16/dropout/matrix": thin(skinny.reduce_kernel, configs.REDUCE, dropout=True),
+        **attention_variants(),
     }

@@ -23,9 +23,18 @@ TABLE: dict[str, dict[str, dict[str, int]]] = json.loads(
 ROWS = [(variant, target) for variant, targets in TABLE.items() for target in targets]
 
 MATRIX = "matrix"  # ends the name of what is launched where Triton has matrix units: not on sm_75
-# Ends of the names of what is launched on these GPUs alone: those with tensor descriptors, and
-# those with shared memory and registers for wide tiles beside.
-LAUNCHED_ON = {"tma": ["sm_90", "sm_100", "sm_120"], "wide": ["sm_90", "sm_100"]}
+# Ends of the names of what is launched on these GPUs alone: those with tensor descriptors, those
+# with shared memory and registers for wide tiles beside, and the classes of attention's tiles.
+LAUNCHED_ON = {
+    "tma": ["sm_90", "sm_100", "sm_120"],
+    "wide": ["sm_90", "sm_100"],
+    "no_matrix_units": ["sm_75"],
+    "ampere": ["sm_80"],
+    "small": ["sm_86", "sm_89", "sm_120"],
+    "hopper": ["sm_90"],
+    "blackwell": ["sm_100"],
+    "amd": ["gfx942"],
+}
 
 
 def variants() -> dict[str, "Variant"]:

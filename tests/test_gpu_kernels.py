@@ -18,6 +18,10 @@ ON = {
     "rope": "q",
     "glu": "gate",
     "glu_backward": "gate",
+    "attention": "q",
+    "attention_delta": "o",
+    "attention_backward": "q",
+    "attention_bias_backward": "q",
 }
 
 
@@ -38,6 +42,7 @@ def test_every_native_kernel_is_run(monkeypatch):
         monkeypatch.setattr(native, name, counted)
 
     layers = ("norm", "norm_backward", "rope", "glu", "glu_backward")
+    layers += tuple(name for name in ON if name.startswith("attention"))
     for name in ("quantize", "dequantize", "qlinear", "dropout", "optim", *layers):
         spy(name)
     ran = load("gpu_kernels").kernels(torch.device("cpu"))
@@ -57,9 +62,14 @@ def test_every_native_kernel_is_run(monkeypatch):
         "rope": 2 * 3 * 8,
         "glu": 3 * 2 * 4,
         "glu_backward": 3 * 2 * 4,
+        # dtypes, sizes of a head, and ways, of which one has a bias
+        "attention": 3 * 2 * 5,
+        "attention_delta": 3 * 2 * 5,
+        "attention_backward": 3 * 2 * 5,
+        "attention_bias_backward": 3 * 2,
     }
     assert nested == 3 * (2 * 4 + 3)  # nf4 and fp4, and nf4 in linears
-    assert ran == {"cpu": 3 * weights + 5 * linears + 9 + 3 * (2 * (4 + 4) + 8)}
+    assert ran == {"cpu": 3 * weights + 5 * linears + 9 + 3 * (2 * (4 + 4) + 8 + 2 * 5)}
 
     def found(name: str, *keys: str) -> set[tuple[Any, ...]]:
         return {tuple(call[key] for key in keys) for call in seen[name]}

@@ -1,6 +1,4 @@
-"""What a fused layer keeps for its backward, traced on fake tensors: the ideal, and the stock
-attention's own.
-"""
+"""What a fused layer keeps for its backward, traced on fake tensors: the ideal and no more."""
 
 import sys
 from pathlib import Path
@@ -15,13 +13,10 @@ TOKENS = 256
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_fused_layer_keeps_the_ideal(recompute: bool) -> None:
-    config = configuration(1)
-    repeated = config.num_attention_heads - config.num_key_value_heads
-    of_attention = 2 * (2 * repeated * config.head_dim) + 2 * TOKENS  # k and v; the mask
     way = "pyft, gate and up again" if recompute else "pyft"
     found = kept_by_a_layer(way, TOKENS)
-    assert abs(found - ideal(config, recompute) - of_attention) <= 8
+    assert abs(found - ideal(configuration(1), recompute)) <= 8
 
 
 def test_peft_keeps_twice_as_much() -> None:
-    assert kept_by_a_layer("peft", TOKENS) > 1.7 * kept_by_a_layer("pyft", TOKENS)
+    assert kept_by_a_layer("peft", TOKENS) > 2 * kept_by_a_layer("pyft", TOKENS)

@@ -31,7 +31,7 @@ ISA_FLAGS = {
 }  # by the end of a file's name
 
 # What runs the kernels, and how many of its checks there must be at least.
-PROGRAMS = {"": 5000, "_optim": 5000, "_layers": 5000}
+PROGRAMS = {"": 5000, "_optim": 5000, "_layers": 5000, "_attention": 5000}
 
 # A planted fault for each kernel that reads or writes a vector at a time: one element too few.
 OVERRUNS = {
@@ -43,6 +43,7 @@ OVERRUNS = {
     "x": "pyft_cpu_qlinear(heap<float>(63), 1, 64, &weight, nullptr, heap<float>(1), 1, PYFT_F32, "
     "isa, 1)",
     "gate": "pyft_cpu_glu(&glu, PYFT_F32, isa, 1)",
+    "keys": "pyft_cpu_attention(&attention, &o, heap<float>(1), PYFT_F32, isa, 1)",
 }
 
 OVERRUN = r"""
@@ -57,7 +58,14 @@ int main() {
                               heap<float>(16), nullptr, 1, 64, 64};
   const pyft_slab slab = {0, 1, 0, 64};
   const pyft_glu glu = {1, 64, PYFT_SILU, heap<float>(63), nullptr, heap<float>(64), 64, 64, 64};
-  (void)coding, (void)weight, (void)slab, (void)glu;
+  pyft_attention attention = {};
+  attention.batch = attention.q_heads = attention.kv_heads = attention.q_len = 1;
+  attention.k_len = 2, attention.dim = attention.v_dim = 32;
+  attention.left = attention.right = PYFT_UNBOUNDED;
+  attention.q = {heap<float>(32), 32, 32, 32}, attention.v = {heap<float>(64), 64, 64, 32};
+  attention.k = {heap<float>(63), 64, 64, 32};
+  const pyft_head_view o = {heap<float>(32), 32, 32, 32};
+  (void)coding, (void)weight, (void)slab, (void)glu, (void)o;
   return CALL;
 }
 """

@@ -88,6 +88,7 @@ def test_every_architecture(name: str) -> None:
         f"pyft.lora_mlp on cpu ({expected.activation})": LAYERS,
         "pyft.rope (halves)": LAYERS,
         "pyft.rms_norm on cpu": LAYERS * expected.norms + 1,
+        "pyft.attention on cpu": 1,
         **({"pyft.lora_qkv on cpu": LAYERS} if expected.qkv else {}),
     }
     assert all(entry.why == "" for entry in report.modules if entry.runs in runs)
@@ -141,6 +142,7 @@ def test_a_model_without_adapters() -> None:
         ("LlamaMLP", "no adapter on it"): LAYERS,
         ("pyft.rope (halves)", ""): LAYERS,
         ("pyft.rms_norm on cpu", ""): LAYERS * 2 + 1,
+        ("pyft.attention on cpu", ""): 1,
     }
     assert "nothing to fuse" in str(pyft.apply(nn.Sequential(nn.ReLU())))
 

@@ -1,9 +1,10 @@
-"""What nvcc makes of the CUDA kernels: no local memory, 16-byte accesses, registers as expected in
-sass_table.json. Needs nvcc, no GPU.
+"""What nvcc makes of the CUDA kernels: no local memory, 16-byte accesses, matrix instructions and
+registers as expected in sass_table.json. Needs nvcc, no GPU.
 
-TARGETS stand for all the wheel is built for. No kernel asks which target it is compiled for, and
-nvcc's PTX of each file is the same for 86 and 89 as for 80, and for 100 as for 120; what is left to
-differ is how ptxas spends registers. 75, without bf16 arithmetic, and 90 are measured themselves.
+TARGETS stand for all the wheel is built for. Nothing but mma.h asks which target it is compiled
+for, and only whether that is 75; nvcc's PTX of each file is the same for 86 and 89 as for 80, and
+for 100 as for 120; what is left to differ is how ptxas spends registers. 75, without bf16
+arithmetic, and 90 are measured themselves.
 
 ``python tests/test_sass.py`` prints what is measured, in that file's form.
 """
@@ -22,9 +23,13 @@ CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_120")
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 WIDE_LOAD, WIDE_STORE = r"\bLDG\.E\.128\b", r"\bSTG\.E\.128\b"
+MATRIX = r"\bHMMA\."
 # Of each kernel at least this many 16-byte loads and stores: a gradient and a parameter in and a
-# parameter out; a piece of four rows of W and one of x, but where even 8 elements are not aligned.
+# parameter out; a piece of four rows of W and one of x, but where even 8 elements are not aligned;
+# o and its gradient; own rows and both kinds of columns, twice each, and a result.
 FLOORS = {
+    "attention.cu": (2, 0),
+    "attention_backward.cu": (6, 1),
     "dequantize.cu": (1, 1),
     "optim.cu": (2, 1),
     "qlinear.cu": (5, 0),
@@ -78,6 +83,8 @@ def _measure(source: Path, target: str, directory: Path) -> dict[str, dict[str, 
             "wide_loads": len(re.findall(WIDE_LOAD, code[name])),
             "wide_stores": len(re.findall(WIDE_STORE, code[name])),
         }
+        if matrix := len(re.findall(MATRIX, code[name])):
+            numbers[_kernel(name)]["matrix"] = matrix
     return numbers
 
 
@@ -114,6 +121,7 @@ def test_machine_code(measured: Table, file: str, kernel: str, target: str) -> N
     assert found["registers"] <= expected["registers"]
     for key in ("wide_loads", "wide_stores"):
         assert found[key] >= expected[key], key
+    assert found.get("matrix", 0) == expected.get("matrix", 0)
 
 
 @pytest.mark.parametrize("file", FLOORS)
@@ -121,11 +129,35 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(file: str) -> None:
     loads, stores = FLOORS[file]
     for kernel, targets in TABLE[file].items():
         for target, numbers in targets.items():
-            if kernel.endswith(UNALIGNED):
+            if kernel.endswith(UNALIGNED) or _is_empty(kernel, target):
                 assert numbers["wide_loads"] == 0, (kernel, target)
                 continue
             assert numbers["wide_loads"] >= loads, (kernel, target)
             assert numbers["wide_stores"] >= stores, (kernel, target)
+
+
+def test_attention_is_products_of_matrices() -> None:
+    """An instruction for each 8 columns of a tile and 16 of a head, of each product; two on sm_75,
+    and none for bf16.
+    """
+    for file in ("attention.cu", "attention_backward.cu"):
+        for kernel, targets in TABLE[file].items():
+            if kernel.startswith("attention_delta"):
+                continue
+            head = int(kernel.split(", ")[1].rstrip(">"))
+            gives = kernel.rpartition("Gives)")[2].rstrip(">") if "Gives" in kernel else ""
+            count = {"": 2, "0": 3, "1": 4, "2": 3, "3": 2}[gives]
+            columns = 16 if head == 256 or (gives == "1" and head == 128) else 32
+            products = count * columns // 8 * min(head, 128) // 16
+            for target, numbers in targets.items():
+                expected = 0 if _is_empty(kernel, target) else products
+                expected *= 2 if target == "sm_75" else 1
+                assert numbers.get("matrix", 0) == expected, (kernel, target)
+
+
+def _is_empty(kernel: str, target: str) -> bool:
+    multiplies = kernel.startswith(("attention<", "attention_backward<"))
+    return multiplies and "bfloat16" in kernel and target == "sm_75"
 
 
 def test_every_file_has_a_floor() -> None:

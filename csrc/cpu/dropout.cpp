@@ -1,28 +1,9 @@
-// Dropout from a seed: the mask is a function of (seed, element index), so it is never stored. Philox4x32-10: Salmon et
-// al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
+// Dropout from a seed: the mask is a function of (seed, element index), so it is never stored.
 #include "convert.h"
 #include "parallel.h"
+#include "philox.h"
 
 namespace {
-
-struct Words {
-  uint32_t w[4];
-};
-
-Words philox(uint64_t counter, uint64_t seed) {
-  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0, p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(p1);
-    c3 = static_cast<uint32_t>(p0);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return {{c0, c1, c2, c3}};
-}
 
 template <pyft_dtype D>
 void dropout(const void* x, int64_t n, uint64_t seed, uint32_t threshold, float scale, void* out, int threads) {

@@ -1,7 +1,7 @@
 // Gated activations and plain ones, with the arithmetic of pyft/reference/glu.py in fp32.
 #pragma once
 
-#include "vectors.h"
+#include "functions.h"
 
 // One table per instruction set, indexed by pyft_dtype: rows [begin, end).
 struct GluKernels {
@@ -17,35 +17,6 @@ extern const GluKernels glu_avx512bf16;
 #endif
 
 namespace {
-
-// c[0] + c[1] x + ... + c[N - 1] x^(N - 1)
-template <class V, int N>
-typename V::Floats polynomial(typename V::Floats x, const float (&c)[N]) {
-  auto y = V::splat(c[N - 1]);
-  for (int k = N - 2; k >= 0; --k) y = V::fma(y, x, V::splat(c[k]));
-  return y;
-}
-
-// e^x from 0 to infinity, for results of dtype D; the polynomials are minimax fits.
-//
-// fp32: within 2 ulp. 2^n e^r with |r| <= ln(2) / 2 and e^r = 1 + r + r² q(r); ln 2 in two parts, n times the first is
-// exact. Otherwise 2^n 2^f with n + f = x / ln 2: off by 3e-6 and |x| 1e-7, a hundredth of what fp16 rounds away.
-template <class V, pyft_dtype D>
-typename V::Floats exponential(typename V::Floats x) {
-  if constexpr (D == PYFT_F32) {
-    const auto shift = V::splat(12582912.0f);  // 1.5 2^23: a sum with it is rounded to a whole number
-    x = V::clamp(x, -105.0f, 89.0f);
-    const auto n = V::fma(x, V::splat(1.44269504f), shift) - shift;
-    auto r = V::fma(n, V::splat(-0.693359375f), x);
-    r = V::fma(n, V::splat(2.12194440e-4f), r);
-    static const float q[] = {0.49999994f, 0.1666652f, 0.041668393f, 0.0083687808f, 0.0013814465f};
-    return V::scale(V::fma(polynomial<V>(r, q), r * r, r) + 1.0f, n);
-  } else {
-    const auto parts = V::split(x * 1.44269504f);
-    static const float c[] = {1.0f, 0.69312418f, 0.24024099f, 0.055906426f, 0.0095828529f};
-    return V::scale(polynomial<V>(parts.rest, c), parts.whole);
-  }
-}
 
 // The normal distribution at x: its density e^(-x²/2) (not divided by sqrt(2 pi)) and the share below.
 template <class V>

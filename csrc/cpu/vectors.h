@@ -5,7 +5,9 @@
 //   load_some<D>, store_some<D>  the first `count` < kLanes; the other lanes are 0
 //   splat, fma, scale            fma: rounded once where the instruction set can; scale(x, n): x 2^n, n whole
 //   clamp                        between two bounds; NaN stays
+//   max                          of NaN and a number the second
 //   split                        into a whole number and the rest, |rest| <= 1/2; 2^whole is right, however large it is
+//   multiply_words               of lanes of 64 bits the lower 32 times a number; Narrow has their lower 32
 //   swap_pairs                   lanes 1, 0, 3, 2, ...
 #pragma once
 

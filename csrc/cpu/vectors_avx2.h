@@ -42,6 +42,8 @@ struct Lanes8 : PlainLanes<Lanes8> {
   static constexpr int kLanes = 8;
   using Floats = __m256;
   using Ints = int32_t __attribute__((vector_size(32)));
+  using Wide = uint64_t __attribute__((vector_size(32)));
+  using Narrow = uint32_t __attribute__((vector_size(16)));
 
   template <pyft_dtype D>
   static Floats load(const typename Dtype<D>::type* x) {
@@ -56,6 +58,8 @@ struct Lanes8 : PlainLanes<Lanes8> {
   static Floats clamp(Floats x, float least, float most) {
     return _mm256_max_ps(splat(least), _mm256_min_ps(splat(most), x));  // of NaN and a number the second
   }
+  static Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+  static Wide multiply_words(Wide a, uint32_t b) { return (Wide)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b)); }
   static Floats swap_pairs(Floats x) { return _mm256_permute_ps(x, 0xB1); }
 };
 

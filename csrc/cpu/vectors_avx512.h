@@ -42,6 +42,8 @@ __m256i narrow16(__m512 x) {
 struct Lanes16 {
   static constexpr int kLanes = 16;
   using Floats = __m512;
+  using Wide = uint64_t __attribute__((vector_size(64)));
+  using Narrow = uint32_t __attribute__((vector_size(32)));
 
   template <pyft_dtype D>
   static Floats load(const typename Dtype<D>::type* x) {
@@ -83,6 +85,8 @@ struct Lanes16 {
   static Floats clamp(Floats x, float least, float most) {
     return _mm512_max_ps(splat(least), _mm512_min_ps(splat(most), x));  // of NaN and a number the second
   }
+  static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+  static Wide multiply_words(Wide a, uint32_t b) { return (Wide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b)); }
   static Floats swap_pairs(Floats x) { return _mm512_permute_ps(x, 0xB1); }
 };
 

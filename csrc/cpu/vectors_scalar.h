@@ -9,6 +9,8 @@ struct Lanes4 : PlainLanes<Lanes4> {
   static constexpr int kLanes = 4;
   using Floats = float __attribute__((vector_size(16)));
   using Ints = int32_t __attribute__((vector_size(16)));
+  using Wide = uint64_t __attribute__((vector_size(16)));
+  using Narrow = uint32_t __attribute__((vector_size(8)));
 
   template <pyft_dtype D>
   static Floats load(const typename Dtype<D>::type* x) {
@@ -23,6 +25,8 @@ struct Lanes4 : PlainLanes<Lanes4> {
   static Floats clamp(Floats x, float least, float most) {
     return x < least ? splat(least) : x > most ? splat(most) : x;
   }
+  static Floats max(Floats a, Floats b) { return a > b ? a : b; }
+  static Wide multiply_words(Wide a, uint32_t b) { return Wide{(a[0] & 0xFFFFFFFF) * b, (a[1] & 0xFFFFFFFF) * b}; }
   static Floats swap_pairs(Floats x) { return Floats{x[1], x[0], x[3], x[2]}; }
 };
 

@@ -1,11 +1,11 @@
 // CUDA C++ on the CPU, for tests: a kernel file built by g++ with -DPYFT_CPU_SIM runs here, without the CUDA toolkit.
 //
 // Thread blocks run one after another. Each thread of a block is a fiber; a warp runs until all of its threads wait at
-// a
-// __syncthreads or have returned, then the next warp does, in ascending or descending order (pyft_sim_reverse_warps).
+// a __syncthreads or have returned, then the next warp does, in ascending or descending order (pyft_sim_reverse_warps).
 // Warps so far apart, and shared memory that is poisoned before each thread block, make a missing __syncthreads a wrong
 // answer in one of the two orders. A barrier that not all threads reach, and a wide access at an unaligned address, end
-// the launch with an error, as on a GPU.
+// the launch with an error, as on a GPU. Where a warp acts as one (shuffles, ldmatrix, mma) its lanes show each other
+// what they have and meet.
 #pragma once
 
 #include <stdint.h>
@@ -27,6 +27,13 @@
 #define __host__
 #define __launch_bounds__(...)
 
+// A function that returns after others ran on other stacks: its caller must take every register for changed.
+#ifdef __clang__
+#define PYFT_SWITCHES __attribute__((noinline))
+#else
+#define PYFT_SWITCHES __attribute__((noipa))
+#endif
+
 struct uint3 {
   unsigned x, y, z;
 };
@@ -39,6 +46,14 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+struct alignas(8) float2 {
+  float x, y;
+};
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -46,36 +61,67 @@ struct dim3 {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75 };
 
 namespace sim {
 
 constexpr unsigned kWarp = 32, kMaxWarps = 32;
 constexpr size_t kStackBytes = 64 * 1024;
+constexpr int kMaxShared = 48 * 1024;  // bytes a thread block may have without asking for more
 
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kReturned };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;   // where it starts
+  void* place[5] = {};  // where it goes on; a switch through a context would be two system calls
+  bool started = false;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state = State::kReady;
+  unsigned meetings = 0;  // of its warp it has been to
   uint3 index = {};
+};
+
+struct alignas(128) Line {
+  uint8_t bytes[128];
+};
+
+// What a lane shows to its warp.
+union Shown {
+  uint64_t word;
+  const void* address;
+  struct {
+    float a[8], b[4];
+  } fragment;
 };
 
 inline std::vector<Fiber> fibers;
 inline unsigned current = 0;
-inline ucontext_t scheduler;
+inline void* scheduler[5];
 inline std::function<void()> body;
 inline std::string failure;  // of the launch; empty while all is well
 inline cudaError_t pending = cudaSuccess;
 inline bool reverse_warps = false;
+inline int capability = 8;  // of the GPU this would be, the major number
 inline uint3 block_index;
 inline dim3 block_dim, grid_dim;
-inline std::map<const void*, std::vector<uint4>> shared;  // by declaration
-inline uint64_t exchange[kMaxWarps][kWarp];               // what each lane shows to its warp
+inline std::map<const void*, std::vector<Line>> shared;  // by declaration
+inline Shown exchange[2][kMaxWarps][kWarp];              // of this meeting and of the one before
 
-inline void wait(State state) {
+// A function that saves a place must not itself go to one.
+PYFT_SWITCHES inline void go_to(void** place) { __builtin_longjmp(place, 1); }
+
+PYFT_SWITCHES inline void wait(State state) {
   fibers[current].state = state;
-  swapcontext(&fibers[current].context, &scheduler);
+  if (__builtin_setjmp(fibers[current].place) == 0) go_to(scheduler);
+}
+
+// Runs the current fiber until it waits.
+PYFT_SWITCHES inline void go_on() {
+  if (__builtin_setjmp(scheduler) != 0) return;
+  Fiber& fiber = fibers[current];
+  if (fiber.started) go_to(fiber.place);
+  fiber.started = true;
+  setcontext(&fiber.context);
 }
 
 inline void fiber_main() {
@@ -92,6 +138,8 @@ inline void start_fibers(unsigned threads) {
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     fiber.state = State::kReady;
+    fiber.started = false;
+    fiber.meetings = 0;
     fiber.index = {i % block_dim.x, i / block_dim.x % block_dim.y, i / (block_dim.x * block_dim.y)};
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -117,7 +165,7 @@ inline void run_warp(unsigned begin, unsigned end) {
     for (unsigned i = begin; i < end; ++i) {
       if (fibers[i].state != State::kReady) continue;
       current = i;
-      swapcontext(&scheduler, &fibers[i].context);
+      go_on();
       if (!failure.empty()) throw std::runtime_error(failure);
     }
     if (count(begin, end, State::kAtWarpBarrier) == end - begin) release(begin, end);
@@ -162,21 +210,31 @@ inline void launch(dim3 grid, dim3 block, std::function<void()> kernel) {
   }
 }
 
+// What each lane of the warp shows, once all do; until this lane shows something the next time but one.
+inline const Shown* show(const Shown& shown) {
+  Shown* slots = exchange[fibers[current].meetings++ % 2][current / kWarp];
+  slots[current % kWarp] = shown;
+  wait(State::kAtWarpBarrier);
+  return slots;
+}
+
 template <class T>
 T shuffle(T value, unsigned source_lane) {
-  static_assert(sizeof(T) <= sizeof(uint64_t), "one exchange slot a lane");
-  uint64_t* slots = exchange[current / kWarp];
-  memcpy(&slots[current % kWarp], &value, sizeof value);
-  wait(State::kAtWarpBarrier);
-  memcpy(&value, &slots[source_lane % kWarp], sizeof value);
-  wait(State::kAtWarpBarrier);
+  static_assert(sizeof(T) <= sizeof(uint64_t), "a word a lane");
+  Shown shown;
+  memcpy(&shown.word, &value, sizeof value);
+  memcpy(&value, &show(shown)[source_lane % kWarp].word, sizeof value);
   return value;
 }
 
 // The thread block's `bytes` of shared memory for one declaration, poisoned when the first thread gets there.
 inline void* shared_memory(const void* declaration, size_t bytes) {
-  std::vector<uint4>& memory = shared[declaration];
-  if (memory.empty()) memory.assign((bytes + sizeof(uint4) - 1) / sizeof(uint4), {~0u, ~0u, ~0u, ~0u});
+  std::vector<Line>& memory = shared[declaration];
+  if (memory.empty()) {
+    if (bytes > kMaxShared) throw std::runtime_error("too much shared memory");
+    memory.resize((bytes + sizeof(Line) - 1) / sizeof(Line));
+    memset(memory.data(), 0xff, memory.size() * sizeof(Line));
+  }
   return memory.data();
 }
 
@@ -208,10 +266,24 @@ extern "C" __attribute__((used, visibility("default"))) inline void pyft_sim_rev
   sim::reverse_warps = reverse != 0;
 }
 
+extern "C" __attribute__((used, visibility("default"))) inline void pyft_sim_capability(int major) {
+  sim::capability = major;
+}
+
 inline cudaError_t cudaGetLastError() { return std::exchange(sim::pending, cudaSuccess); }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : sim::failure.c_str();
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = sim::capability;
+  return cudaSuccess;
 }
 
 inline cudaError_t cudaGetDeviceCount(int* count) {
@@ -232,6 +304,11 @@ T __shfl_xor_sync(unsigned, T value, unsigned lane_mask) {
   return sim::shuffle(value, (sim::current % sim::kWarp) ^ lane_mask);
 }
 
+inline int __any_sync(unsigned, int predicate) {
+  const sim::Shown* lanes = sim::show({predicate != 0});
+  return std::any_of(lanes, lanes + sim::kWarp, [](const sim::Shown& lane) { return lane.word != 0; });
+}
+
 inline float __uint_as_float(unsigned bits) { return sim::bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float x) { return sim::bit_cast<unsigned>(x); }
 
@@ -242,6 +319,7 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline int __float2int_rn(float x) { return static_cast<int>(std::lrint(x)); }
 
 struct __nv_bfloat16 {

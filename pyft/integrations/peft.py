@@ -1,5 +1,5 @@
-"""apply and revert: a loaded model's linears, norms, rotary embeddings and MLPs run pyft's ops, in
-place, and back.
+"""apply and revert: a loaded model's linears, attention, norms, rotary embeddings and MLPs run
+pyft's ops, in place, and back.
 
 What a module is, is found by its structure and by what it computes, never by the model's name; a
 module that is something else is left as it is, and the report says why.
@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from pyft.backend import select
+from pyft.integrations.attention import reset_attention, set_attention
 from pyft.integrations.fused import Fused, fuse, plain_class, replaced, unfuse
 from pyft.integrations.linears import (
     FusedLinear,
@@ -51,7 +52,9 @@ class Applied:
 
 @dataclass(frozen=True)
 class ApplyReport:
-    """What ``pyft.apply`` did to each linear, norm, rotary embedding and gated MLP of a model."""
+    """What ``pyft.apply`` did to each linear, attention, norm, rotary embedding and gated MLP of a
+    model.
+    """
 
     modules: tuple[Applied, ...]
 
@@ -75,7 +78,8 @@ def apply(model: nn.Module, recompute_mlp: bool = False) -> ApplyReport:
 
     LoRA linears run ``pyft.lora_linear``, q, k and v of one attention ``pyft.lora_qkv``, gated MLPs
     ``pyft.lora_mlp``, norms ``pyft.rms_norm`` or ``pyft.layer_norm``, rotary embeddings
-    ``pyft.rope``; each where it computes what the module did.
+    ``pyft.rope``; each where it computes what the module did. Models whose attention is
+    transformers' interface get attn_implementation="pyft".
 
     Args:
         model: a PEFT model, or any module, with plain, pyft-quantized or bitsandbytes weights.
@@ -90,6 +94,7 @@ def apply(model: nn.Module, recompute_mlp: bool = False) -> ApplyReport:
     cast to bf16 for the product, while the parameters and their gradients stay fp32.
     """
     entries = [*_linears(model), *_attentions(model), *_mlps(model, recompute_mlp), *_norms(model)]
+    entries += _scores(model)
     entries += _experts(model)
     frozen = _quantized_names(model)
     if frozen:  # DistributedDataParallel would broadcast them, which writes
@@ -99,6 +104,7 @@ def apply(model: nn.Module, recompute_mlp: bool = False) -> ApplyReport:
 
 def revert(model: nn.Module) -> None:
     """Give every module ``apply`` changed its own class back; nothing else was ever touched."""
+    reset_attention(model)
     for module in model.modules():
         unfuse(module)
     if model.__dict__.get(_DDP_IGNORES) == _quantized_names(model):
@@ -275,6 +281,15 @@ def _tails(model: nn.Module) -> dict[int, int]:
         for features, rank in ranks.items():
             found[features] = max(found.get(features, 0), rank)
     return found
+
+
+def _scores(model: nn.Module) -> Iterator[Applied]:
+    for name, module, why in set_attention(model):
+        if why:
+            yield Applied(name, f"{module.config._attn_implementation} attention", why)
+        else:
+            device = next(module.parameters()).device
+            yield Applied(f"{name} attention", f"pyft.attention on {select('attention', device)}")
 
 
 def _experts(model: nn.Module) -> Iterator[Applied]:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
+import pyft.integrations.attention  # noqa: F401 (registers attn_implementation="pyft")
 from pyft.errors import UsageError
 from pyft.integrations.quantization_config import READ, PyftConfig, config_of_source
 from pyft.integrations.quantizer import PyftQuantizer, packed

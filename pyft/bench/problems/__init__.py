@@ -3,6 +3,7 @@
 from pyft.bench.problem import Op
 from pyft.bench.problems import (
     ablation,
+    attention,
     decoder,
     dropout,
     layers,
@@ -22,6 +23,8 @@ OPS: dict[str, Op] = {
         lora.LORA_QKV,
         lora.LORA_MLP,
         decoder.DECODER_LAYER,
+        attention.ATTENTION,
+        attention.CHUNKED_ATTENTION,
         layers.RMS_NORM,
         layers.LAYER_NORM,
         layers.ROPE,
