@@ -87,7 +87,7 @@ def attend(
 
 @triton.jit(do_not_specialize=[
     "Sq", "Sk", "sequences", "all_heads", "tiles", "span", "left", "right", "shift", "seed",
-    "threshold",
+    "threshold", "stride_bb", "stride_bh", "stride_bq",
 ])  # fmt: skip
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, sinks_ptr, bias_ptr, slopes_ptr, cu_q_ptr, cu_k_ptr, o_ptr, lse_ptr, Sq,
@@ -96,9 +96,8 @@ def attention_kernel(
     stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_bb, stride_bh, stride_bq,
     stride_bk, stride_ob, stride_oh, stride_os, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr, PRECISE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one of ``all_heads``, those of all the batch."""
     ascending, head = program_at(tl.program_id(0), tiles, all_heads, span)
@@ -142,7 +141,7 @@ def attention_kernel(
     tl.store(lse_ptr + row, lse, mask=i < queries)
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "stride_lb", "stride_lh"])
 def delta_kernel(
     o_ptr, do_ptr, dlse_ptr, delta_ptr, S, heads, stride_ob, stride_oh, stride_os, stride_gb,
     stride_gh, stride_gs, stride_lb, stride_lh, stride_ls, DV: tl.constexpr,

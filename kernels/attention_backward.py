@@ -36,7 +36,8 @@ from pyft.kernels.attention_tiles import head_at, load_rows, store_rows
 
 @triton.jit(do_not_specialize=[
     "Sq", "Sk", "sequences", "key_heads", "query_heads", "key_tiles", "query_tiles", "key_span",
-    "query_span", "key_programs", "left", "right", "shift", "seed", "threshold",
+    "query_span", "key_programs", "parts", "left", "right", "shift", "seed", "threshold",
+    "stride_bb", "stride_bh", "stride_bq",
 ])  # fmt: skip
 def attention_backward_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, slopes_ptr, cu_q_ptr, cu_k_ptr,
@@ -48,8 +49,8 @@ def attention_backward_kernel(
     stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs, D: tl.constexpr,
     DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISE: tl.constexpr,
-    KEYS_M: tl.constexpr, KEYS_N: tl.constexpr, QUERIES_M: tl.constexpr, QUERIES_N: tl.constexpr,
+    PRECISE: tl.constexpr, KEYS_M: tl.constexpr, KEYS_N: tl.constexpr, QUERIES_M: tl.constexpr,
+    QUERIES_N: tl.constexpr,
 ):  # fmt: skip
     """Of the first ``key_programs`` each has KEYS_N keys and a part of the query heads that share
     them, of the others QUERIES_M queries each. dk and dv have ``parts`` heads for each of k. factor
@@ -83,7 +84,7 @@ def attention_backward_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "parts"])
 def sum_parts_kernel(
     parts_ptr, out_ptr, S, heads, parts, stride_ob, stride_oh, stride_os, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,

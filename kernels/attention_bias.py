@@ -43,7 +43,7 @@ def served(own, owners, count):
 
 @triton.jit(do_not_specialize=[
     "Sq", "Sk", "batch_count", "batch_owners", "head_owners", "query_owners", "key_owners", "left",
-    "right", "shift", "seed", "threshold",
+    "right", "shift", "seed", "threshold", "stride_bb", "stride_bh", "stride_bq",
 ])  # fmt: skip
 def attention_bias_backward_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, bias_ptr, slopes_ptr, dbias_ptr, Sq, Sk,
@@ -52,9 +52,9 @@ def attention_bias_backward_kernel(
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_gb, stride_gh,
     stride_gs, stride_bb, stride_bh, stride_bq, stride_bk, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISE: tl.constexpr, ALL_QUERIES: tl.constexpr,
-    ALL_KEYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr, PRECISE: tl.constexpr,
+    ALL_QUERIES: tl.constexpr, ALL_KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of dbias, which is contiguous; owners count the programs along each dimension, one
     where it has size 1. ALL_QUERIES, ALL_KEYS: it has no dimension of its own for them.
@@ -97,7 +97,7 @@ def attention_bias_backward_kernel(
                     k = load_rows(k_at, start, stride_ks, Sk, False, D, BLOCK_N, BLOCK_D)
                     v = load_rows(v_at, start, stride_vs, Sk, False, DV, BLOCK_N, BLOCK_DV)
                     dot = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-                    x, _ = scores_of(
+                    x, _bent = scores_of(
                         dot, i[:, None], j[None, :], Sq, Sk, rule, added, of_head, FLAGS, False
                     )  # fmt: skip
                     p = exponential(x - lse[:, None], PRECISE)

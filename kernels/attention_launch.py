@@ -64,12 +64,13 @@ def padded(d: int) -> int:
 
 
 def heads_at_once(k: Tensor, v: Tensor, group: int) -> int:
-    """Query heads at work at a time, so that what they share stays in the L2 cache."""
+    """Query heads at work at a time, so that what they share stays in the L2 cache; all at most."""
+    everyone = k.shape[0] * k.shape[1] * group
     if not k.is_cuda:
-        return k.shape[0] * k.shape[1] * group
+        return everyone
     size = max(1, k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size())
     cache = torch.cuda.get_device_properties(k.device).L2_cache_size * L2_SHARE
-    return group * max(1, int(cache / size))
+    return min(everyone, group * max(1, int(cache / size)))
 
 
 def default_config(x: Tensor, d: int, rule: Rule, *added: Tensor | None) -> configs.Attention:
@@ -84,7 +85,7 @@ def config_for(
 ) -> configs.Attention:
     """The entry of ``configs.ATTENTION`` for a dtype and GPU, of the first head dim that is not
     smaller, or the last. Where ``busy``, as a softcap, dropout, a bias or slopes need registers
-    too, programs take half as much at a time.
+    too, programs take half as much at a time; where tiles are padded, all but those of dq do.
     """
     if dtype == torch.float32:
         gpu = "no_matrix_units"
@@ -95,12 +96,10 @@ def config_for(
         gpu = configs.ATTENTION_CLASSES[max(begun)]
     table = configs.ATTENTION[gpu]
     config = table[min((dim for dim in table if dim >= d), default=max(table))]
-    if not busy:
-        return config
     forward, keys, queries = config.forward, config.keys, config.queries
-    return replace(
-        config,
-        forward=replace(forward, block_n=max(16, forward.block_n // 2)),
-        keys=replace(keys, block_m=max(16, keys.block_m // 2)),
-        queries=replace(queries, block_n=max(16, queries.block_n // 2)),
-    )
+    if busy or d != padded(d):
+        forward = replace(forward, block_n=max(16, forward.block_n // 2))
+        keys = replace(keys, block_m=max(16, keys.block_m // 2))
+    if busy:
+        queries = replace(queries, block_n=max(16, queries.block_n // 2))
+    return replace(config, forward=forward, keys=keys, queries=queries)

@@ -197,7 +197,7 @@ ATTENTION: dict[str, dict[int, Attention]] = {
     },
     "small": {
         64: Attention(Tile(128, 64, 8), Tile(32, 64), Tile(64, 64), fused=True),
-        128: Attention(Tile(128, 64, 8), Tile(64, 64, 8), Tile(64, 64, 8), fused=True),
+        128: Attention(Tile(128, 64, 8, 3), Tile(64, 64, 8), Tile(64, 64, 8), fused=True),
         256: Attention(Tile(64, 32, 8), Tile(32, 32, 8), Tile(32, 32, 8), fused=True),
         512: Attention(Tile(32, 16, 8, 1), Tile(16, 16, 8), Tile(16, 16, 8), fused=True),
     },
@@ -209,7 +209,7 @@ ATTENTION: dict[str, dict[int, Attention]] = {
     },
     "blackwell": {
         64: Attention(Tile(128, 128, 8, 3), Tile(64, 128, 8, 1), Tile(128, 64, 8)),
-        128: Attention(Tile(128, 64, 8, 3), Tile(32, 128, 8, 1), Tile(128, 64, 8)),
+        128: Attention(Tile(128, 64, 8, 3), Tile(32, 128, 8, 1), Tile(128, 64, 8, 3)),
         256: Attention(Tile(64, 64, 8), Tile(32, 32, 8), Tile(64, 32, 8), fused=True),
         512: Attention(Tile(32, 32, 8), Tile(16, 16, 8), Tile(32, 16, 8), fused=True),
     },

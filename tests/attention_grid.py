@@ -197,8 +197,14 @@ _SINGLE = [
     Attention(lengths=((7, 7),), dtype="bf16"),
     # bounds at the edges of blocks
     *(
-        Attention(seq=(n, n), dtype="fp16", left=reach, right=reach)
-        for n, reach in ((70, 1), (70, 14), (70, 15), (100, 30), (100, 31), (190, 62), (190, 63))
+        Attention(seq=(n, n), dtype="fp16", **bounds)
+        for n, reach in ((70, 14), (100, 30), (190, 62))
+        for bounds in (
+            {"left": reach},
+            {"right": reach},
+            {"left": reach + 1, "right": 1},
+            {"left": 1, "right": reach + 1},
+        )
     ),
     # another sequence's numbers never matter, nor do those past the end
     *(

@@ -1,6 +1,7 @@
 """attn_implementation="pyft" on whole models: the numbers of "eager", masks, packing, padding."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "intermediate_size_mlp": 64, "use_qk_norm": True,
     },
 }  # fmt: skip
+# a mask of its own making, which takes the model's for a matrix
+MODELS["Doge"] = {"keep_window_size": 2048}
 STEPPED = ("Llama", "Qwen3", "Gemma3Text", "GptOss", "Gemma2")
 
 
@@ -191,11 +194,12 @@ def test_padding_between_tokens() -> None:
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma3Text", "GptOss"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generation(name: str, cache: str) -> None:
+@pytest.mark.parametrize("pads", [0, 7])
+def test_generation(name: str, cache: str, pads: int) -> None:
     """Batches padded on the left, one token after another."""
     ids = ids_of()
     mask = torch.ones_like(ids)
-    mask[1, :7] = 0
+    mask[1, :pads] = 0
     options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
     texts = [
         model_of(name, implementation).generate(input_ids=ids, attention_mask=mask, **options)
@@ -203,6 +207,99 @@ def test_generation(name: str, cache: str) -> None:
     ]
     assert texts[0].shape[1] == SEQ + 8
     assert torch.equal(*texts)
+
+
+ENCODED = 12  # tokens of an encoder, and of its decoder
+ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    "T5": {
+        "d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 48, "num_layers": 2,
+        "decoder_start_token_id": 0,
+    },
+    "Bart": {
+        "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+        "max_position_embeddings": 64, "decoder_start_token_id": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("decoded", [ENCODED, 7])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_encoders_and_decoders(name: str, side: str, decoded: int) -> None:
+    """What a decoder sees of padded encoders, also where both are as long."""
+    options = {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    config = getattr(transformers, f"{name}Config")(**options, **ENCODER_DECODERS[name])
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 64, (2, ENCODED), generator=draw)
+    mask = torch.ones_like(ids)
+    mask[1, slice(4) if side == "left" else slice(ENCODED - 4, ENCODED)] = 0
+    labels = torch.randint(3, 64, (2, decoded), generator=draw)
+    outcomes = []
+    for implementation in ("eager", "pyft"):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForSeq2SeqLM.from_config(
+            config, attn_implementation=implementation
+        )
+        outcomes.append(outcome(model.eval(), labels, input_ids=ids, attention_mask=mask))
+    assert_alike(outcomes[1], outcomes[0])
+
+
+def test_a_tower_that_reads_its_last_row() -> None:
+    """Rows of padding are rows as others where all tokens see all: SigLIP takes the last."""
+    config = transformers.SiglipTextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=ENCODED,
+    )  # fmt: skip
+    ids = torch.randint(3, 64, (2, ENCODED), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    pooled = []
+    for implementation in ("eager", "pyft"):
+        torch.manual_seed(0)
+        model = transformers.SiglipTextModel._from_config(
+            config, attn_implementation=implementation
+        )
+        pooled.append(model.eval()(input_ids=ids, attention_mask=mask).pooler_output)
+    torch.testing.assert_close(pooled[1], pooled[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "positions", [[*range(9), *range(20, 35)], [0] * SEQ, list(range(0, 2 * SEQ, 2))]
+)
+def test_positions_that_begin_no_sequence(positions: list[int]) -> None:
+    """A gap, all the same, every other: one sequence to a model whose cache is on."""
+    ids = ids_of()
+    inputs = {"input_ids": ids, "position_ids": torch.tensor([positions])}
+    expected = model_of("Llama", "eager")(**inputs, use_cache=True).logits
+    found = model_of("Llama", "pyft")(**inputs, use_cache=True).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_of_one_row_for_any_batch() -> None:
+    """Boundaries found for one batch are not another's."""
+    model = model_of("GptOss", "pyft")
+    positions = torch.tensor([[*range(9), *range(15)]])
+    for batch in (2, 3, 1, 2):
+        ids = ids_of(batch)
+        found = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        rows = positions.expand(batch, -1).clone()
+        expected = model(input_ids=ids, position_ids=rows, use_cache=False).logits
+        assert torch.equal(found, expected)
+
+
+def test_what_a_model_does_with_a_mask_itself_is_refused() -> None:
+    mask = make_mask(2, 8, 8)
+    ones = torch.ones(2, 1, 8, 8)
+    uses: tuple[Callable[[], Any], ...] = (
+        lambda: mask.dtype, lambda: mask[:, :, 1:], lambda: ones + mask,
+        lambda: ones.where(mask, 0), lambda: torch.softmax(mask, -1),
+        lambda: mask.masked_fill(ones, 0),
+    )  # fmt: skip
+    for use in uses:
+        with pytest.raises(pyft.UsageError, match=r"set_attn_implementation\('sdpa'\)"):
+            use()
+    assert not hasattr(mask, "dtype")
 
 
 def test_a_mask_of_the_user_is_used() -> None:
@@ -260,6 +357,7 @@ NOT_TAKEN_APART: dict[str, Callable[..., Any]] = {
 def as_seen(mask: Any, q_length: int, kv_length: int) -> Tensor:
     q, k = torch.empty(2, 1, q_length, 1), torch.empty(2, 1, kv_length, 1)
     bias = mask.as_bias(q, k) if isinstance(mask, Mask) else mask
+    assert tuple(mask.shape) == (2, 1, q_length, kv_length)
     return (bias == 0).expand(2, 1, q_length, kv_length)
 
 
@@ -296,18 +394,23 @@ def test_masks_beside_a_cache(name: str) -> None:
         assert torch.equal(as_seen(mask, 3, kv_length), expected)
 
 
-def test_heads_in_fp32_are_cast() -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed by another library"])
+def test_heads_in_fp32_are_cast(packed: bool) -> None:
     """Norms in fp32, as PEFT's kbit preparation leaves them."""
     model = model_of("Qwen3", "pyft").to(torch.bfloat16)
-    for name, module in model.named_modules():
-        if name.endswith("norm"):
-            module.float()
-            module.register_forward_hook(lambda m, args, y: y.float())
     layer = model.model.layers[0].self_attn
-    hidden = torch.randn(2, SEQ, COMMON["hidden_size"], dtype=torch.bfloat16)
-    positions = model.model.rotary_emb(hidden.float(), torch.arange(SEQ)[None])
-    found, _ = layer(hidden, position_embeddings=positions, attention_mask=None)
+    heads = [torch.randn(2, 4, SEQ, 16) for _ in range(3)]
+    if packed:
+        layer.q_proj.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), False)
+        layer.config.dtype = torch.bfloat16
+    found, _ = integration.attend(layer, *heads, None)
     assert found.dtype == torch.bfloat16
+    if packed:
+        layer.config.dtype = torch.float32
+    else:
+        layer.to(torch.float32)
+    found, _ = integration.attend(layer, *heads, None)
+    assert found.dtype == torch.float32
 
 
 def test_what_cannot_be_given_is_refused() -> None:
@@ -362,7 +465,18 @@ def test_a_model_without_the_interface_is_left() -> None:
     assert model.config._attn_implementation == before
 
 
-def test_saved_without_it() -> None:
-    """A model saved while it runs pyft's attention is loaded as any other."""
-    model = model_of("Llama", "pyft")
-    assert "attn" not in str(model.config.to_diff_dict().get("_attn_implementation"))
+def test_loaded_with_it_and_saved_without(tmp_path: Path) -> None:
+    """Its name is in no file: the model is loaded as any other where pyft is not."""
+    model = model_of("Gemma3Text", "pyft")
+    ids = ids_of()
+    model.save_pretrained(tmp_path)
+    again: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="pyft"
+    )
+    assert again.config._attn_implementation == "pyft"
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert "pyft" not in (tmp_path / "config.json").read_text(encoding="utf-8")
+    assert (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation
+        != "pyft"
+    )

@@ -66,3 +66,13 @@ def test_chunks_that_nobody_sees_are_not_read() -> None:
     expected = pyft.chunked_attention(q, k, v, 8, window=3)
     k[:, :, :34], v[:, :, :34] = torch.nan, torch.nan
     assert torch.equal(pyft.chunked_attention(q, k, v, 8, window=3), expected)
+
+
+@pytest.mark.parametrize("window", [(None, -5), (None, -4), (2, -3), (-9, None)])
+def test_windows_that_see_little(window: tuple[int | None, int | None]) -> None:
+    """Bounds before the first key, and behind the last."""
+    q, k, v = (torch.randn(1, 2, s, 8) for s in (12, 4, 4))
+    expected = pyft.attention(q, k, v, causal=False, window=window, return_lse=True)
+    found = pyft.chunked_attention(q, k, v, 3, causal=False, window=window, return_lse=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -57,8 +57,6 @@ std::vector<Sequence> sequences_of(const pyft_attention& a) {
   return all;
 }
 
-int64_t tiles_of(int64_t n, int64_t tile) { return (n + tile - 1) / tile; }
-
 // How many of [0, n) are in [first, last].
 int64_t overlap(int64_t first, int64_t last, int64_t n) {
   return std::max<int64_t>(0, std::min(last, n - 1) - std::max<int64_t>(first, 0) + 1);

@@ -16,6 +16,8 @@
 
 constexpr int64_t kQueries = 64, kKeys = 128;
 
+inline int64_t tiles_of(int64_t n, int64_t tile) { return (n + tile - 1) / tile; }
+
 // One call: the forward has o and lse, the backward `backward`, the gradient of the bias d_bias too.
 struct AttentionCall {
   const pyft_attention& attention;

@@ -39,8 +39,6 @@ inline Keys seen_keys(const Queries& queries, int64_t tile) {
   return {begin < first ? first : begin, end > last ? last : end};
 }
 
-inline int64_t tiles_of(int64_t n, int64_t tile) { return (n + tile - 1) / tile; }
-
 // Tiles of keys that some of the queries see: [first, last).
 inline int64_t first_tile(const Queries& queries) { return queries.first_key() / kKeys; }
 inline int64_t last_tile(const Queries& queries) {

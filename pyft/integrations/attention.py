@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +11,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from pyft.errors import UsageError
 from pyft.integrations.masks import Mask, as_bias, make_mask, of_padding, of_positions
 from pyft.ops.attention import attention
+from pyft.quantized import QuantizedTensor
 
 NAME = "pyft"
 _NOTE = "_pyft_attention"  # on a model: the implementation it had
 # What some models pass on that changes which keys are seen or what they weigh.
+_COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NOT_HONOURED = ("head_mask", "indices", "block_indices", "block_table", "cache")
 
 
@@ -46,21 +47,19 @@ def attend(
     query, key, value = _in_one_dtype(module, query, key, value)
     mask, bias = _mask_of(module, query, key, attention_mask, sliding_window, is_causal, options)
     if position_bias is not None:
-        if mask.cu_seqlens is not None:
-            mask, bias = Mask(), mask.as_bias(query, key)
+        if mask.cu_q is not None:
+            mask, bias = Mask(mask.sizes), mask.as_bias(query, key)
         bias = position_bias if bias is None else bias + position_bias
     b, _, s, _ = query.shape
-    cu = mask.cu_seqlens
-    if cu is not None:
+    if mask.cu_q is not None:
         query, key, value = map(_one_row, (query, key, value))
-    cu_k = options.get("cu_seq_lens_k") if cu is options.get("cu_seq_lens_q") else None
     o: Tensor = attention(
         query, key, value, causal=False, scale=scaling, window=(mask.left, mask.right),
-        softcap=softcap, sinks=s_aux, bias=bias, cu_seqlens_q=cu, cu_seqlens_k=cu_k,
+        softcap=softcap, sinks=s_aux, bias=bias, cu_seqlens_q=mask.cu_q, cu_seqlens_k=mask.cu_k,
         dropout_p=dropout, shift=mask.shift,
     )  # fmt: skip
     o = o.transpose(1, 2)
-    return (o if cu is None else o.reshape(b, s, *o.shape[2:])).contiguous(), None
+    return (o if mask.cu_q is None else o.reshape(b, s, *o.shape[2:])).contiguous(), None
 
 
 def _refuse(options: dict[str, Any]) -> None:
@@ -86,9 +85,11 @@ def _in_one_dtype(module: nn.Module, *heads: Tensor) -> Iterator[Tensor]:
             dtype = torch.get_autocast_dtype(kind)
         elif dtype == torch.float32:
             linear = next((m for m in module.modules() if isinstance(m, nn.Linear)), None)
-            weight = None if linear is None else linear.weight
-            if weight is not None and weight.is_floating_point():
-                dtype = weight.dtype
+            weight = heads[2] if linear is None else linear.weight
+            dtype = weight.dtype
+            if isinstance(weight, QuantizedTensor) or dtype not in _COMPUTED_IN:
+                named = getattr(getattr(module, "config", None), "dtype", None) or torch.float32
+                dtype = getattr(torch, named) if isinstance(named, str) else named
     return (x.to(dtype) for x in heads)
 
 
@@ -103,31 +104,37 @@ def _mask_of(
 ) -> tuple[Mask, Tensor | None]:
     """Bounds and boundaries, and a bias where they do not say all."""
     if causal is None:
-        causal = bool(getattr(module, "is_causal", True))
+        causal = bool(getattr(module, "is_causal", False))
+    sq, sk = query.shape[2], key.shape[2]
+    sizes = (query.shape[0], 1, sq, sk)
     if isinstance(given, Tensor) and given.dim() == 2:
-        given = of_padding(given, causal)
+        given = of_padding(given, sq, causal)
         if isinstance(given, Mask) and window is not None:
-            given = replace(given, left=window - 1)
+            given.left = window - 1
+    cu_q, cu_k = options.get("cu_seq_lens_q"), options.get("cu_seq_lens_k")
     if isinstance(given, Tensor):
-        given = given[..., : key.shape[2]]
-        return Mask(), as_bias(given, query.dtype) if given.dtype == torch.bool else given
+        if cu_q is not None:
+            raise UsageError(
+                "attn_implementation='pyft' is given cu_seq_lens and a mask that is a matrix; pass "
+                "one of them"
+            )
+        given = given[..., :sk]
+        return Mask(sizes), as_bias(given, query.dtype) if given.dtype == torch.bool else given
     if given is None:
         left = None if window is None else window - 1
-        given = Mask(left, 0 if causal else left)
-    if given.cu_seqlens is not None:
+        given = Mask(sizes, left, 0 if causal else left)
+    if given.cu_q is not None:
         return given, None
-    cu = options.get("cu_seq_lens_q")
-    if cu is None and given.right == 0 and query.shape[2] == key.shape[2]:
-        cu = _boundaries_of(options.get("position_ids"), query.shape[0])
-    return replace(given, cu_seqlens=cu), None
+    if cu_q is not None:
+        return Mask(sizes, given.left, given.right, given.shift, cu_q, cu_k), None
+    if given.right == 0 and sq == sk:
+        return given.packed(_boundaries_of(options.get("position_ids"), query.shape[0])), None
+    return given, None
 
 
-class _Latest:
-    """Whose boundaries were found last: a tensor of positions, as it was then."""
-
-    of: Callable[[], Tensor | None] = staticmethod(lambda: None)
-    version = 0
-    cu: Tensor | None = None
+# Whose boundaries were found last: a tensor of positions, as it was then, and for which batch.
+_Found = tuple[Callable[[], Tensor | None], int, int, Tensor | None]
+_latest: list[_Found] = [(lambda: None, 0, 0, None)]
 
 
 def _boundaries_of(position_ids: Tensor | None, batch: int) -> Tensor | None:
@@ -138,10 +145,11 @@ def _boundaries_of(position_ids: Tensor | None, batch: int) -> Tensor | None:
         return None
     if torch.compiler.is_compiling() or position_ids.is_inference():
         return of_positions(position_ids, batch)
-    if _Latest.of() is not position_ids or _Latest.version != position_ids._version:
-        _Latest.cu = of_positions(position_ids, batch)
-        _Latest.of, _Latest.version = weakref.ref(position_ids), position_ids._version
-    return _Latest.cu
+    of, version, rows, cu = _latest[0]
+    if of() is not position_ids or (version, rows) != (position_ids._version, batch):
+        cu = of_positions(position_ids, batch)
+        _latest[0] = (weakref.ref(position_ids), position_ids._version, batch, cu)
+    return cu
 
 
 def _one_row(x: Tensor) -> Tensor:
@@ -174,6 +182,8 @@ def set_attention(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
 def reset_attention(model: nn.Module) -> None:
     """What ``set_attention`` changed, as it was."""
     for module in model.modules():
-        before = module.__dict__.pop(_NOTE, None)
-        if before is not None and module.config._attn_implementation == NAME:  # type: ignore[union-attr]
+        if _NOTE not in module.__dict__:
+            continue
+        before = module.__dict__.pop(_NOTE)
+        if module.config._attn_implementation == NAME:  # type: ignore[union-attr]
             module.config._attn_implementation_internal = before  # type: ignore[union-attr]

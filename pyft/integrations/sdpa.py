@@ -30,10 +30,10 @@ def scaled_dot_product_attention(
         is_causal: query i sees keys j <= i, counted from the first query and key (``attention``
             counts from the last); not together with attn_mask.
         scale: None: 1 / sqrt(D).
-        enable_gqa: Hkv may divide Hq.
+        enable_gqa: Hkv may divide Hq. Heads are not broadcast without it.
 
     Returns:
-        [..., Hq, L, Dv]. Unlike torch's, a row whose mask is all False gives 0.
+        [..., Hq, L, Dv]. A row whose mask is all False gives 0.
 
     Raises:
         UsageError: as ``attention``; is_causal with attn_mask.

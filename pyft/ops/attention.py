@@ -6,7 +6,9 @@
     dsink = - sum of exp(sink - lse) delta
 
 Saved: q, k, v, o and lse, fp32 [B, Hq, Sq]. The backward adds delta, as large as lse; P and dS
-exist a tile at a time, keys and values are never repeated for the query heads of their group.
+exist a tile at a time, keys and values are never repeated for the query heads of their group. Too
+few blocks of keys for a GPU have their gradients made in parts, in fp32; a thread of a CPU sums dk
+and dv of one head in fp32 where that is no more than half of the gradients, or 2 MiB.
 
 Sources: Milakov and Gimelshein, Online normalizer calculation for softmax (2018); Rabe and Staats,
 Self-attention does not need O(n²) memory (2021); Dao, FlashAttention-2 (2023). Sinks: Xiao et al.,
@@ -91,16 +93,22 @@ class Given(NamedTuple):
 
     def _refusal(self, name: str) -> str | None:
         """Why a backend that is here cannot run this call; None when it can."""
-        if name != "cuda":
+        dim, length = max(self.q.shape[3], self.v.shape[3]), max(self.q.shape[2], self.k.shape[2])
+        if name not in ("cuda", "triton"):
+            return None
+        newer = self.q.is_cuda and torch.cuda.get_device_capability(self.q.device) >= (8, 0)
+        if name == "triton":
+            too_large = self.q.dtype == torch.float32 and dim > CUDA_DIM and self.q.is_cuda
+            if too_large and not newer and torch.version.hip is None:
+                return f"in fp32 heads of more than {CUDA_DIM} dimensions do not fit this GPU"
             return None
         if self.bias is not None or self.slopes is not None or self.seed is not None:
             return "its kernels have no bias, ALiBi slopes or dropout"
-        if max(self.q.shape[3], self.v.shape[3]) > CUDA_DIM:
+        if dim > CUDA_DIM:
             return f"its kernels have heads of at most {CUDA_DIM} dimensions"
-        if max(self.q.shape[2], self.k.shape[2]) > CUDA_LENGTH:
+        if length > CUDA_LENGTH:
             return f"its kernels have sequences of at most {CUDA_LENGTH} tokens"
-        has_bf16 = torch.cuda.get_device_capability(self.q.device) >= (8, 0)
-        if self.q.dtype != torch.float16 and not (has_bf16 and self.q.dtype == torch.bfloat16):
+        if self.q.dtype != torch.float16 and not (newer and self.q.dtype == torch.bfloat16):
             return f"its kernels do not run in {self.q.dtype} on this GPU"
         return None
 
@@ -192,6 +200,8 @@ def gradients(
     and lse are of whole rows, of which k and v may be a part.
     """
     given = Given(*arguments)
+    if dlse is not None:  # where nothing is seen lse is constant
+        dlse = dlse.masked_fill(lse == -torch.inf, 0.0)
     buffers = given.buffers[1:] or [None] * 3
     kernels = given.kernels()
     if kernels is None:
@@ -219,7 +229,11 @@ def gradients(
             None if not want else empty_heads(x) if buffer is None else buffer
             for x, want, buffer in zip((q, k, v), wanted[:3], buffers, strict=True)
         ]
-        if any(x is not None and x.numel() for x in into):
+        if not lse.numel():  # no query
+            for x in into:
+                if x is not None:
+                    x.zero_()
+        elif any(x is not None and x.numel() for x in into):
             kernels.attention_backward(
                 q, k, v, do, lse, delta, bias, slopes, cu_q, cu_k, rule, *into
             )  # fmt: skip
@@ -319,7 +333,7 @@ def attention(
             reads head h // (Hq / Hkv).
         causal: query i sees keys j <= p.
         scale: of q kᵀ; None: 1 / sqrt(D).
-        window: W: the last W keys up to p, p itself included, and without ``causal`` as many after
+        window: W: the last W keys up to p, p itself included, and without ``causal`` W - 1 after
             it; (left, right): p - left <= j <= p + right, None for no bound.
         softcap: scores become softcap tanh(score / softcap).
         sinks: [Hq], a score that takes part in each softmax of its head and has no value.
@@ -329,7 +343,7 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: int32 or int64 [n + 1], ascending from 0 to Sq and to Sk: where
             n sequences begin and end that follow one another along S, each blind to the others; B
             is 1. cu_seqlens_k may be left out where it is the same. Checked on a CPU only: a GPU
-            would have to be waited for.
+            would have to be waited for, and leaves what is in no sequence unwritten.
         max_seqlen_q, max_seqlen_k: the longest sequence, which callers of other libraries have at
             hand; no kernel here needs it. Checked on a CPU.
         dropout_p: probability of leaving a pair of query and key out; 0 <= dropout_p < 1.
@@ -337,9 +351,10 @@ def attention(
             draws one from torch's CPU generator. The same on every backend.
         return_lse: also return the log-sum-exp of each row's scores.
         shift: added to p: of keys that are a part of a longer sequence.
-        out: o is written here, [B, Hq, Sq, Dv] of any strides but the last, and returned.
+        out: o is written here, [B, Hq, Sq, Dv] of any strides but the last, and returned; it is to
+            stay as it is until the backward, and shares nothing with q, k and v.
         gradients: the backward writes the gradients of q, k and v here, of their shapes and any
-            strides but the last; outside of torch.compile and of backend("reference").
+            strides but the last; not under torch.compile, a dispatch mode or backend("reference").
 
     Returns:
         o [B, Hq, Sq, Dv] of q's dtype, in memory [B, Sq, Hq, Dv]; with ``return_lse`` also lse,
@@ -359,7 +374,7 @@ def attention(
     given = Given(
         q, k, v, sinks, None if bias is None else _dense(bias, q.dtype), alibi_slopes, cu_q, cu_k,
         as_seed(seed) if dropout_p > 0 else None,
-        q.shape[3] ** -0.5 if scale is None else scale,
+        q.shape[3] ** -0.5 if scale is None else float(scale),
         left, right, shift, softcap, dropout_p, chosen(), buffers,
     )  # fmt: skip
     if given.name == "reference":

@@ -4,7 +4,8 @@
     o = sum of exp(lse_c - lse) o_c
 
 The backward of a chunk needs lse and delta of the whole rows and nothing of the other chunks. The
-device holds q, o, fp32 sums for o and dq, and one chunk of keys, values and their gradients.
+device holds q, o, fp32 sums for o and dq, and two chunks of keys, values and their gradients: the
+last one's are dropped when the next one's are there.
 Source: Rabe and Staats, Self-attention does not need O(n²) memory (2021).
 """
 
@@ -50,8 +51,8 @@ class _Call(NamedTuple):
     def chunks(self) -> Iterator[tuple[slice, Given]]:
         """The chunks that some query sees, on its device; the sinks are with the first."""
         sq, sk = self.q.shape[2], self.k.shape[2]
-        first = 0 if self.left is None else max(0, sk - sq - self.left)
-        end = sk if self.right is None else min(sk, sk + self.right)
+        end = sk if self.right is None else max(0, min(sk, sk + self.right))
+        first = 0 if self.left is None else min(end, max(0, sk - sq - self.left))
         sinks = self.sinks
         for start in range(first, end, self.size) or range(1):
             part = slice(start, min(end, start + self.size))
@@ -94,7 +95,7 @@ def _gradients(
     call = _Call(*arguments)
     total = torch.zeros_like(call.q, dtype=lse.dtype) if wanted[0] else None
     dk, dv = (
-        torch.zeros_like(x) if want else x.new_empty(0)
+        torch.zeros_like(x) if want else call.q.new_empty(0)
         for x, want in zip((call.k, call.v), wanted[1:3], strict=True)
     )
     dsinks = call.q.new_empty(0)
@@ -115,9 +116,10 @@ def _fake_gradients(
     do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, wanted: list[bool], *arguments: Any
 ) -> tuple[Tensor, ...]:
     call = _Call(*arguments)
-    leaves = zip((call.q, call.k, call.v, call.sinks), wanted, strict=True)
+    empty = (empty_heads(call.q), *(None if x is None else torch.empty_like(x) for x in call[1:4]))
     return tuple(
-        torch.empty_like(x) if want and x is not None else call.q.new_empty(0) for x, want in leaves
+        x if want and x is not None else call.q.new_empty(0)
+        for x, want in zip(empty, wanted, strict=True)
     )
 
 
@@ -180,7 +182,7 @@ def chunked_attention(
     check_shapes(q, k, v, host=True)
     check_scores(q, k, softcap, sinks, None, alibi_slopes, 0.0)
     left, right = bounds(causal, window)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     call = _Call(
         q, k, v, sinks, alibi_slopes, scale, left, right, softcap, chunk_size, chosen()
     )  # fmt: skip

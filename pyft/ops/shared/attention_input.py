@@ -167,13 +167,21 @@ def _shortened(numbers: list[int]) -> str:
 
 def bounds(causal: bool, window: Window | None) -> tuple[int | None, int | None]:
     """How far before and after itself a query sees keys; None: without an end."""
-    if isinstance(window, int):
+    if isinstance(window, int) and not isinstance(window, bool):
         if window < 1:
             raise UsageError(f"attention: window is {window}; it counts the query's own key too")
         left: int | None = window - 1
         right: int | None = window - 1
+    elif window is None:
+        left, right = None, None
+    elif (
+        isinstance(window, tuple | list)
+        and [bound for bound in window if bound is None or isinstance(bound, int)] == list(window)
+        and len(window) == 2
+    ):
+        left, right = window
     else:
-        left, right = (None, None) if window is None else window
+        raise UsageError(f"attention: window is {window!r}; pass W or (left, right), integers")
     return left, 0 if causal and (right is None or right > 0) else right
 
 
