@@ -56,6 +56,11 @@ def _launch(
         getattr(_cuda(), function)(*arguments, stream)
 
 
+def _on_cpu(x: Tensor) -> tuple[object, ...]:
+    """What kernels of the CPU take beside: the instruction set and how many threads."""
+    return () if x.is_cuda else (isa(), torch.get_num_threads())
+
+
 def use_huge_pages(fresh: Tensor) -> None:
     """Ask for 2 MiB pages behind a CPU tensor that nothing has been written to yet."""
     _cpu().use_huge_pages(fresh.data_ptr(), fresh.nbytes)
@@ -78,8 +83,7 @@ def quantize(
     source = (x.data_ptr(), DTYPES[x.dtype], x.numel(), block_size)
     coding = (bits, zero_code, top, e8m0, thresholds.data_ptr(), order.data_ptr())
     outputs = (packed.data_ptr(), scales.data_ptr(), _address(zeros))
-    cpu_only = () if x.is_cuda else (isa(), torch.get_num_threads())
-    _launch("quantize", x, (*source, *coding, *outputs), cpu_only)
+    _launch("quantize", x, (*source, *coding, *outputs), _on_cpu(x))
 
 
 def dequantize(
@@ -102,8 +106,7 @@ def dequantize(
     stored = (packed, scales, zeros, nested, offset, codes, scale_codes)
     output = (out.data_ptr(), out.stride(0), DTYPES[out.dtype])
     arguments = (bits, *map(_address, stored), *shape, block_size, *slab, *output)
-    cpu_only = () if out.is_cuda else (isa(), torch.get_num_threads())
-    _launch("dequantize", out, arguments, cpu_only)
+    _launch("dequantize", out, arguments, _on_cpu(out))
 
 
 def qlinear(
@@ -126,7 +129,7 @@ def qlinear(
     source = (x.data_ptr(), x.shape[0], x.stride(0))
     output = (_address(bias), out.data_ptr(), out.stride(0), DTYPES[out.dtype])
     arguments = (*source, bits, *map(_address, stored), *shape, block_size, *output)
-    _launch("qlinear", x, arguments, () if x.is_cuda else (isa(), torch.get_num_threads()))
+    _launch("qlinear", x, arguments, _on_cpu(x))
 
 
 def dropout(x: Tensor, seed: int, threshold: int, scale: float, out: Tensor) -> None:
@@ -186,8 +189,7 @@ def norm(
     """
     inputs = (_rows(x), _rows(residual), _address(weight), _address(bias), eps, offset)
     outputs = (_rows(y), _rows(h), _address(mean) if centered else 0, rstd.data_ptr())
-    cpu_only = () if x.is_cuda else (isa(), torch.get_num_threads())
-    _launch("norm", x, (*inputs, *outputs, *x.shape, DTYPES[x.dtype]), cpu_only)
+    _launch("norm", x, (*inputs, *outputs, *x.shape, DTYPES[x.dtype]), _on_cpu(x))
 
 
 def norm_backward(
@@ -209,9 +211,8 @@ def norm_backward(
     parts = 0 if sums is None else sums.shape[0]
     inputs = (_rows(dy), _rows(h), _address(weight), _address(mean), rstd.data_ptr(), offset)
     outputs = (_rows(dh), _rows(dx), _address(dweight), _address(dbias))
-    cpu_only = () if dy.is_cuda else (isa(), torch.get_num_threads())
     arguments = (*inputs, *outputs, *dy.shape, parts, DTYPES[dy.dtype])
-    _launch("norm_backward", dy, arguments, cpu_only)
+    _launch("norm_backward", dy, arguments, _on_cpu(dy))
 
 
 def _heads(x: Tensor | None, out: Tensor | None) -> tuple[object, ...]:
@@ -249,15 +250,13 @@ def rope(
     where = (0, 0, 0) if positions is None else (positions.data_ptr(), *positions.stride())
     tables = (_table(cos), _table(sin), where, interleaved, inverse)
     sizes = (batch, seq, dim, half, DTYPES[cos.dtype], DTYPES[q.dtype])
-    cpu_only = () if q.is_cuda else (isa(), torch.get_num_threads())
-    _launch("rope", q, (_heads(q, q_out), _heads(k, k_out), *tables, *sizes), cpu_only)
+    _launch("rope", q, (_heads(q, q_out), _heads(k, k_out), *tables, *sizes), _on_cpu(q))
 
 
 def glu(gate: Tensor, up: Tensor | None, activation: str, out: Tensor) -> None:
     """gate, up [M, I] of any row strides -> out [M, I], act(gate) up."""
     operands = (_rows(gate), _rows(up), ACTIVATIONS[activation], _rows(out))
-    cpu_only = () if gate.is_cuda else (isa(), torch.get_num_threads())
-    _launch("glu", gate, (*operands, *gate.shape, DTYPES[gate.dtype]), cpu_only)
+    _launch("glu", gate, (*operands, *gate.shape, DTYPES[gate.dtype]), _on_cpu(gate))
 
 
 def glu_backward(
@@ -274,8 +273,7 @@ def glu_backward(
     """
     inputs = (_rows(dy), _rows(gate), _rows(up), ACTIVATIONS[activation])
     outputs = (_rows(dgate), _rows(dup), _rows(out))
-    cpu_only = () if dy.is_cuda else (isa(), torch.get_num_threads())
-    _launch("glu_backward", dy, (*inputs, *outputs, *dy.shape, DTYPES[dy.dtype]), cpu_only)
+    _launch("glu_backward", dy, (*inputs, *outputs, *dy.shape, DTYPES[dy.dtype]), _on_cpu(dy))
 
 
 UNBOUNDED = 2**63 - 1  # PYFT_UNBOUNDED of pyft.h
@@ -315,10 +313,6 @@ def _attention(
     packed = (0, 0, 0) if cu_q is None else (cu_q.data_ptr(), _address(cu_k), cu_q.numel() - 1)
     views = (_view(q), _view(k), _view(v))
     return (views, sizes, _address(sinks), _address(slopes), biased, packed, numbers)
-
-
-def _on_cpu(x: Tensor) -> tuple[object, ...]:
-    return () if x.is_cuda else (isa(), torch.get_num_threads())
 
 
 def attention(

@@ -15,8 +15,8 @@ from pyft.quantized import QuantizedTensor
 
 NAME = "pyft"
 _NOTE = "_pyft_attention"  # on a model: the implementation it had
-# What some models pass on that changes which keys are seen or what they weigh.
 _COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What some models pass on that changes which keys are seen or what they weigh.
 _NOT_HONOURED = ("head_mask", "indices", "block_indices", "block_table", "cache")
 
 

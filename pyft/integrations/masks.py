@@ -29,8 +29,8 @@ class NotAMatrix(UsageError, AttributeError):
 
     def __init__(self, what: str) -> None:
         super().__init__(
-            f"this model uses {what} of its attention mask, and attn_implementation='pyft' makes "
-            "none of numbers; use model.set_attn_implementation('sdpa') or 'eager'"
+            f"this model asks its attention mask for {what}, as of a matrix, which it is not with "
+            "attn_implementation='pyft'; use model.set_attn_implementation('sdpa') or 'eager'"
         )
 
 
@@ -72,7 +72,7 @@ class Mask(BlockMask):
         return f"Mask({self.sizes}, left={self.left}, right={self.right}{packed})"
 
     def __getattr__(self, name: str) -> Any:
-        raise NotAMatrix(f"the {name}")
+        raise NotAMatrix(repr(name))
 
     def __getitem__(self, index: Any) -> Any:
         raise NotAMatrix("a part")

@@ -33,6 +33,7 @@ from pyft.ops.shared.attention_input import (
     check_scores,
     check_shapes,
 )
+from pyft.ops.shared.heads import adjacent, empty_heads
 
 CUDA_DIM, CUDA_LENGTH = 256, 2**29  # the most dimensions and tokens of a head of the CUDA kernels
 _LEAVES = ("q", "k", "v", "sinks", "bias")  # what gets a gradient: the first arguments
@@ -93,9 +94,9 @@ class Given(NamedTuple):
 
     def _refusal(self, name: str) -> str | None:
         """Why a backend that is here cannot run this call; None when it can."""
-        dim, length = max(self.q.shape[3], self.v.shape[3]), max(self.q.shape[2], self.k.shape[2])
         if name not in ("cuda", "triton"):
             return None
+        dim, length = max(self.q.shape[3], self.v.shape[3]), max(self.q.shape[2], self.k.shape[2])
         newer = self.q.is_cuda and torch.cuda.get_device_capability(self.q.device) >= (8, 0)
         if name == "triton":
             too_large = self.q.dtype == torch.float32 and dim > CUDA_DIM and self.q.is_cuda
@@ -147,17 +148,6 @@ _SCHEMA = (
 )
 
 
-def _adjacent(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def empty_heads(x: Tensor, dim: int | None = None) -> Tensor:
-    """[B, H, S, D] laid out as [B, S, H, D]: as projections write and read it."""
-    b, h, s, d = x.shape
-    d = d if dim is None else dim
-    return x.new_empty_strided((b, h, s, d), (s * h * d, d, h * d, 1))
-
-
 def _alias(x: Tensor) -> Tensor:
     """The same memory, and no view: what is written beside it later does not change it."""
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())  # type: ignore[call-overload, no-any-return]
@@ -166,7 +156,7 @@ def _alias(x: Tensor) -> Tensor:
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """o and lse of a ``Given``, without autograd."""
     given = Given(*arguments)
-    q, k, v = map(_adjacent, given[:3])
+    q, k, v = map(adjacent, given[:3])
     out = given.buffers[0] if given.buffers else None
     o = empty_heads(q, v.shape[3]) if out is None else _alias(out)
     kernels = given.kernels()
@@ -215,7 +205,7 @@ def gradients(
             x if want else do.new_empty(0)
             for x, want in zip((*heads, *found[3:]), wanted, strict=True)
         )
-    q, k, v, do = map(_adjacent, (*given[:3], do))
+    q, k, v, do = map(adjacent, (*given[:3], do))
     delta = torch.empty_like(lse)
     slopes, cu_q, cu_k = given.tables()
     rule, bias = given.rule.for_kernels(given.seed), given.wide_bias()

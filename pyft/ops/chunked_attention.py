@@ -18,7 +18,7 @@ from torch import Tensor
 from pyft.backend import chosen, implementation
 from pyft.errors import UsageError
 from pyft.op import Op, Primitive
-from pyft.ops.attention import Given, empty_heads, forward, gradients
+from pyft.ops.attention import Given, forward, gradients
 from pyft.ops.shared.attention_input import (
     Window,
     as_autocast,
@@ -26,6 +26,7 @@ from pyft.ops.shared.attention_input import (
     check_scores,
     check_shapes,
 )
+from pyft.ops.shared.heads import empty_heads
 
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? slopes, float scale, SymInt? left, "

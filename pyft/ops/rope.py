@@ -14,6 +14,7 @@ from torch import Tensor
 from pyft.backend import chosen, device_guard, implementation, launcher
 from pyft.errors import UsageError
 from pyft.op import Op, Primitive
+from pyft.ops.shared.heads import adjacent, empty_heads
 
 
 def _turn(
@@ -38,11 +39,11 @@ def _turn(
                 f"rope: positions reach from {low} to {high}; cos and sin have rows 0 to "
                 f"{cos.shape[0] - 1}"
             )
-    q, k = _adjacent(q), None if k is None else _adjacent(k)
-    q_out = _empty_like(q)
-    k_out = q.new_empty(0) if k is None else _empty_like(k)
+    q, k = adjacent(q), None if k is None else adjacent(k)
+    q_out = empty_heads(q)
+    k_out = q.new_empty(0) if k is None else empty_heads(k)
     if q.numel() + k_out.numel():
-        tables = (_adjacent(cos), _adjacent(sin), positions)
+        tables = (adjacent(cos), adjacent(sin), positions)
         with device_guard(q):
             kernels.rope(q, k, *tables, interleaved, inverse, q_out, None if k is None else k_out)
     return q_out, k_out
@@ -58,17 +59,7 @@ def _fake(
     inverse: bool,
     name: str,
 ) -> tuple[Tensor, Tensor]:
-    return _empty_like(q), q.new_empty(0) if k is None else _empty_like(k)
-
-
-def _adjacent(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    """[B, H, S, D] laid out as [B, S, H, D]: as the projections write, and attention reads, it."""
-    b, h, s, d = x.shape
-    return x.new_empty_strided((b, h, s, d), (s * h * d, d, h * d, 1))
+    return empty_heads(q), q.new_empty(0) if k is None else empty_heads(k)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

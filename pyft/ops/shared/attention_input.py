@@ -176,8 +176,8 @@ def bounds(causal: bool, window: Window | None) -> tuple[int | None, int | None]
         left, right = None, None
     elif (
         isinstance(window, tuple | list)
-        and [bound for bound in window if bound is None or isinstance(bound, int)] == list(window)
         and len(window) == 2
+        and all(bound is None or isinstance(bound, int) for bound in window)
     ):
         left, right = window
     else:
