@@ -37,6 +37,9 @@ GPU_TESTS = (
     "qlinear",
     "optim",
     "attention",
+    "logits",
+    "linear_cross_entropy",
+    "linear_logprobs",
     "lora_linear",
     "lora_qkv",
     "lora_mlp",
@@ -56,6 +59,7 @@ CHUNKS = 3  # of the tests that are in neither
 BENCHES = {
     "bench": ("bench", "dequantize qlinear adamw8bit quantize dropout"),
     "bench of attention": ("bench-attention", "attention chunked_attention"),
+    "bench of the loss": ("bench-loss", "linear_cross_entropy linear_logprobs logits"),
     "bench of layers": (
         "bench-layers",
         "lora_linear lora_mlp decoder_layer lora_matmul skinny rms_norm rope swiglu lora_qkv "
@@ -106,9 +110,10 @@ def plan(output: Path, python: str, gpu: bool, parallel: bool, sanitizer: str | 
         Step(BUILD, [python, "setup.py", "-q", "build_ext", "--inplace"], 150, 60),
         Step("environment", [*parts, "environment"], 40, 10, json_line),
         tests("tests of kernels", first, 130, 60),
-        bench("bench of attention", 45, 130, 60),
-        bench("bench of layers", 50, 150, 60),
-        bench("bench", 25, 80, 40),
+        bench("bench of attention", 40, 110, 50),
+        bench("bench of the loss", 40, 110, 50),
+        bench("bench of layers", 40, 120, 50),
+        bench("bench", 20, 70, 30),
         Step("memory", [*parts, "memory"], 50, 15, json_line, needs=BUILD),
         checked("memcheck", 80, 30),
         *(tests(f"tests {i + 1} of {CHUNKS}", chunk, 90) for i, chunk in enumerate(chunks)),

@@ -2,8 +2,8 @@
 
 The native kernels run in every format, dtype and way of reading; the linear's is called directly,
 for the op takes it for few rows only. Triton, which compiles each variant first, runs the ops of a
-training step. Attention, norms, rotary embeddings and activations run on each backend that has
-them.
+training step. Attention, norms, rotary embeddings, activations and the loss run on each backend
+that has them.
 """
 
 from typing import Any
@@ -33,6 +33,7 @@ SIZES = (4097, 100)  # coded states with a last block of one element, and fp32 s
 HEADS = (2, 3, 5, 20)  # batch, query heads, tokens, size of a head
 TURNED = 12  # of it
 NOT_IN_CUDA = {"alibi_slopes", "bias"}  # what its attention leaves to others
+LABELS = (96, 5003)  # less than one tile of a row's logits, and several with a rest
 ATTENDED = (64, 40)  # sizes of a head: a whole tile, and not
 
 
@@ -51,6 +52,7 @@ def kernels(device: torch.device, few: bool = False) -> dict[str, int]:
             if obstacle("norm", name) is None:
                 dtypes = (torch.bfloat16,) if few else DTYPES
                 ran[name] += sum(_layers(dtype, device) for dtype in dtypes)
+                ran[name] += sum(_losses(dtype, device) for dtype in dtypes)
             ran[name] += sum(_attention(t, device) for t in ((torch.float16,) if few else DTYPES))
     for dtype in DTYPES:
         pyft.dropout(torch.randn(1001, dtype=dtype, device=device), 0.1, seed=1)
@@ -168,6 +170,29 @@ def _attention(dtype: torch.dtype, device: torch.device) -> int:
             pyft.attention(q, k, v, **way).sum().backward()
             ran += 1
     return ran
+
+
+def _losses(dtype: torch.dtype, device: torch.device) -> int:
+    """All that a loss takes of logits, and little of it."""
+    rows, d = 37, 24
+    for v in LABELS:
+        hidden, weight = _leaf((rows, d), dtype, device), _leaf((v, d), dtype, device)
+        labels = torch.randint(v, (rows,), device=device)
+        labels[::5] = -100
+        classes = torch.rand(v, device=device)
+        budget = 10 * v * dtype.itemsize / 2**20
+        way: dict[str, Any] = {"softcap": 5.0, "label_smoothing": 0.1, "class_weights": classes}
+        for options in ({}, {"gradient_filter": True}, way | {"metrics": True}):
+            found = pyft.linear_cross_entropy(hidden, weight, labels, budget=budget, **options)
+            (found if isinstance(found, Tensor) else found[0]).backward()
+        teacher = pyft.Teacher(_random((rows, d), dtype, device), weight.detach())
+        of_tokens = pyft.linear_logprobs(
+            hidden, weight, labels, entropy=True, teacher=teacher, budget=2 * budget
+        )
+        assert of_tokens.entropy is not None
+        assert of_tokens.kl is not None
+        (of_tokens.logprob + of_tokens.entropy + of_tokens.kl).sum().backward()
+    return 4 * len(LABELS)
 
 
 def _activated(activation: str, gate: Tensor, up: Tensor) -> Tensor:

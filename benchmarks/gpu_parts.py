@@ -26,6 +26,7 @@ from pyft.optim import AdamW8bit
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS = {"cuda": (14336, 4096, 2048), "cpu": (1024, 512, 64)}  # N, K, M
 HEADS = {"cuda": (32, 8, 16384, 128), "cpu": (4, 2, 1024, 64)}  # H, Hkv, S, D of attention
+LOSSES = {"cuda": (8192, 256000, 2304), "cpu": (256, 4096, 64)}  # N, V, D
 RANK = 16
 QUERY = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,utilization.gpu"
 
@@ -41,11 +42,12 @@ def environment() -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    """Peaks, as differences, of a linear's and an attention's forward and backward and of an
-    optimizer's step.
+    """Peaks, as differences, of a linear's, an attention's and a loss's forward and backward and of
+    an optimizer's step.
 
     ``counted`` is the least that must be held: of a linear what it returns and the adapter's
-    products, of attention the output, the gradients and two fp32 sums a row, of a step the states.
+    products, of attention the output, the gradients and two fp32 sums a row, of a loss the
+    gradients and the logits it works on, of a step the states.
     ``first`` is the first call, which also makes what later calls reuse: the buffer a quantized
     weight is decoded into, the states.
     """
@@ -81,6 +83,18 @@ def memory() -> dict[str, Any]:
 
     returned = do.nbytes + sum(x.nbytes for x in heads)
     found["attention"] = _peaks(attend, returned + 8 * h * s)
+    n, v, d = LOSSES[DEVICE.type]
+    hidden = torch.randn(n, d, dtype=w.dtype, device=DEVICE, requires_grad=True)
+    head = torch.randn(v, d, dtype=w.dtype, device=DEVICE) * d**-0.5
+    labels = torch.randint(v, (n,), device=DEVICE)
+    for name, leaves in (("frozen head", [hidden]), ("trained head", [hidden, head])):
+        head.requires_grad_(len(leaves) > 1)
+
+        def lose(leaves: list[Tensor] = leaves) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(pyft.linear_cross_entropy(hidden, head, labels), leaves)
+
+        tile = min(64 << 20, n * v * w.itemsize)
+        found[f"loss, {name}"] = _peaks(lose, sum(x.nbytes for x in leaves) + tile)
     states = 2 * w.numel() + 2 * 4 * -(-w.numel() // 256)
     for name, make, counted in (
         ("AdamW8bit step", AdamW8bit, states),

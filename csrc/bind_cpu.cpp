@@ -182,6 +182,48 @@ void attention_bias_backward(const Attention& call, const Gradients& gradients, 
                                          static_cast<pyft_isa>(isa), threads));
 }
 
+// Address, distance of rows, scale and softcap.
+using LogitView = std::tuple<uintptr_t, int64_t, float, float>;
+// rows, cols, logits, labels, class weights, the teacher's logits and lse.
+using Logits = std::tuple<int64_t, int64_t, LogitView, uintptr_t, uintptr_t, LogitView, uintptr_t>;
+
+pyft_logit_view view_of(const LogitView& view) {
+  const auto& [data, stride, scale, softcap] = view;
+  return {pointer<void>(data), stride, scale, softcap};
+}
+
+pyft_logits logits_of(const Logits& call) {
+  const auto& [rows, cols, logits, labels, class_weights, teacher, teacher_lse] = call;
+  return {rows,
+          cols,
+          view_of(logits),
+          pointer<int64_t>(labels),
+          pointer<float>(class_weights),
+          view_of(teacher),
+          pointer<float>(teacher_lse)};
+}
+
+void logit_statistics(const Logits& call, const std::array<uintptr_t, 6>& sums, uintptr_t argmax, int dtype, int isa,
+                      int threads) {
+  const pyft_logits logits = logits_of(call);
+  const pyft_logit_statistics statistics = {pointer<float>(sums[0]), pointer<float>(sums[1]), pointer<float>(sums[2]),
+                                            pointer<float>(sums[3]), pointer<float>(sums[4]), pointer<float>(sums[5]),
+                                            pointer<int64_t>(argmax)};
+  check(pyft_cpu_logit_statistics(&logits, &statistics, static_cast<pyft_dtype>(dtype), static_cast<pyft_isa>(isa),
+                                  threads));
+}
+
+void logit_gradient(const Logits& call, const std::array<uintptr_t, 7>& sums, float threshold, uintptr_t kept,
+                    int dtype, int isa, int threads) {
+  const pyft_logits logits = logits_of(call);
+  const pyft_logit_gradient gradient = {
+      pointer<float>(sums[0]), pointer<float>(sums[1]), pointer<float>(sums[2]), pointer<float>(sums[3]),
+      pointer<float>(sums[4]), pointer<float>(sums[5]), pointer<float>(sums[6]), threshold,
+      pointer<uint8_t>(kept)};
+  check(
+      pyft_cpu_logit_gradient(&logits, &gradient, static_cast<pyft_dtype>(dtype), static_cast<pyft_isa>(isa), threads));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -200,6 +242,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rope", &rope, release());
   m.def("glu", &glu, release());
   m.def("glu_backward", &glu_backward, release());
+  m.def("logit_statistics", &logit_statistics, release());
+  m.def("logit_gradient", &logit_gradient, release());
   m.def("attention", &attention, release());
   m.def("attention_delta", &attention_delta, release());
   m.def("attention_backward", &attention_backward, release());

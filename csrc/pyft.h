@@ -217,6 +217,40 @@ typedef struct {
   pyft_head_view dq, dk, dv;
 } pyft_attention_backward;
 
+// ---- logits: the equations are those of pyft/reference/logits.py ---------------------------------------------------
+
+// A matrix [rows, cols] in the call's dtype as the head gives it, its rows `stride` apart. u = softcap tanh(scale z /
+// softcap), or scale z where softcap is 0.
+typedef struct {
+  void* data;
+  int64_t stride;
+  float scale, softcap;
+} pyft_logit_view;
+
+// The logits of some rows and what is known of them.
+typedef struct {
+  int64_t rows, cols;
+  pyft_logit_view logits;
+  const int64_t* labels;       // [rows]; one outside [0, cols) names no column
+  const float* class_weights;  // [cols], or NULL: 1
+  pyft_logit_view teacher;     // data is NULL where there is none
+  const float* teacher_lse;    // [rows], set when teacher.data is: q_c = exp(u_c - lse) of the teacher's
+} pyft_logits;
+
+// fp32 [rows] and argmax int64 [rows]; all but lse may be NULL. cross needs a teacher. argmax is the first of the
+// largest; where a row holds NaN it is some column and the others are NaN.
+typedef struct {
+  float *lse, *target, *smooth, *mean, *cross, *top;
+  int64_t* argmax;
+} pyft_logit_statistics;
+
+// fp32 [rows]; mean is set when g_mean is; g_smooth, g_mean and g_cross may be NULL: 0.
+typedef struct {
+  const float *lse, *mean, *g_lse, *g_target, *g_smooth, *g_mean, *g_cross;
+  float threshold;  // of p
+  uint8_t* kept;    // [cols] or NULL: set to 1 where p >= threshold in a row, or a row's label is; never to 0
+} pyft_logit_gradient;
+
 // ---- CPU ----------------------------------------------------------------------------------------------------------
 
 // The best instruction set this CPU and its operating system support.
@@ -275,6 +309,13 @@ pyft_status pyft_cpu_attention_backward(const pyft_attention* attention, const p
 // d_bias: contiguous, of the bias's dtype, with 1 for each dimension whose bias_stride is 0.
 pyft_status pyft_cpu_attention_bias_backward(const pyft_attention* attention, const pyft_attention_backward* backward,
                                              void* d_bias, pyft_dtype dtype, pyft_isa isa, int threads);
+
+pyft_status pyft_cpu_logit_statistics(const pyft_logits* logits, const pyft_logit_statistics* statistics,
+                                      pyft_dtype dtype, pyft_isa isa, int threads);
+
+// dz in the place of z.
+pyft_status pyft_cpu_logit_gradient(const pyft_logits* logits, const pyft_logit_gradient* gradient, pyft_dtype dtype,
+                                    pyft_isa isa, int threads);
 
 // ---- CUDA (pointers are device pointers; `stream` is a cudaStream_t) ---------------------------------------------
 

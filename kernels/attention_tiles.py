@@ -19,19 +19,11 @@ to match. What belongs together goes together:
 import triton
 import triton.language as tl
 
-from pyft.kernels.tiles import keep_tile
+from pyft.kernels.tiles import LOG2E, keep_tile, tanh
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INFINITY = tl.constexpr(float("inf"))
 SEQUENCES = tl.constexpr(1024)  # looked at together where a block looks for its own
-
-# tanh x = x + x^3 (T0 + T1 x^2 + ...) to 7e-8 of it, up to TANH_SMALL
-TANH_SMALL = tl.constexpr(0.5)
-T0 = tl.constexpr(-0.333331435918808)
-T1 = tl.constexpr(0.13325878977775574)
-T2 = tl.constexpr(-0.05304549261927605)
-T3 = tl.constexpr(0.01724149100482464)
 
 
 @triton.jit
@@ -148,18 +140,6 @@ def in_units(x, PRECISE: tl.constexpr):
 def exponential(x, PRECISE: tl.constexpr):
     """Of x in those units."""
     return tl.exp(x) if PRECISE else tl.exp2(x)
-
-
-@triton.jit
-def tanh(x, PRECISE: tl.constexpr):
-    """Of fp32, to 1e-7 absolutely; PRECISE: of its size."""
-    y = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2 * LOG2E)))
-    if PRECISE:
-        z = x * x
-        y = tl.where(
-            z < TANH_SMALL * TANH_SMALL, x + x * z * (T0 + z * (T1 + z * (T2 + z * T3))), y
-        )
-    return y
 
 
 @triton.jit

@@ -70,6 +70,16 @@ class Glu:
 
 
 @dataclass(frozen=True)
+class Logits:
+    """``tile`` columns of one row a program, ``gradient_tile`` in the gradient; powers of two."""
+
+    tile: int = 8192
+    num_warps: int = 8
+    gradient_tile: int = 4096
+    gradient_warps: int = 8
+
+
+@dataclass(frozen=True)
 class LoraMatmul:
     """The tile of the output, how much of K and of the rank is taken at once, and how many tiles
     down follow one another before the next to the right; powers of two, blocks at least 16.
@@ -156,6 +166,7 @@ DROPOUT = Dropout()
 NORM = Norm()
 ROPE = Rope()
 GLU = Glu()
+LOGITS = Logits()
 LORA_MATMUL = LoraMatmul()
 LORA_MATMUL_TMA = LoraMatmul(block_n=256, block_r=16, tma=True)  # more of the rank would spill
 LORA_MATMUL_PERSISTENT = LoraMatmul(persistent=True)

@@ -1,5 +1,5 @@
-"""Jit helpers that kernels share: quantized formats, as ``pyft.formats`` defines them; activations;
-dropout from a seed.
+"""Jit helpers that kernels share: quantized formats, as ``pyft.formats`` defines them; activations
+and tanh; dropout from a seed.
 """
 
 import triton
@@ -21,6 +21,14 @@ GELU_SLOPE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 GELU_CUBE = tl.constexpr(0.044715)
 # Beyond, gelu_tanh is 0 or the identity in fp32, and a cube may be infinite.
 GELU_END = tl.constexpr(16.0)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# tanh x = x + x^3 (T0 + T1 x^2 + ...) to 7e-8 of it, up to TANH_SMALL
+TANH_SMALL = tl.constexpr(0.5)
+T0 = tl.constexpr(-0.333331435918808)
+T1 = tl.constexpr(0.13325878977775574)
+T2 = tl.constexpr(-0.05304549261927605)
+T3 = tl.constexpr(0.01724149100482464)
 
 
 def group_of(*lengths: int) -> int:
@@ -188,6 +196,18 @@ def activate_with_slope(g, ACTIVATION: tl.constexpr):
         slope = 2.0 * positive
         y = positive * positive
     return y, slope
+
+
+@triton.jit
+def tanh(x, PRECISE: tl.constexpr):
+    """Of fp32, to 1e-7 absolutely; PRECISE: of its size."""
+    y = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2 * LOG2E)))
+    if PRECISE:
+        z = x * x
+        y = tl.where(
+            z < TANH_SMALL * TANH_SMALL, x + x * z * (T0 + z * (T1 + z * (T2 + z * T3))), y
+        )
+    return y
 
 
 @triton.jit

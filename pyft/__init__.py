@@ -10,7 +10,7 @@ from pyft.backend import availability, backend
 from pyft.errors import PyftError, UsageError
 
 if TYPE_CHECKING:
-    from pyft import optim
+    from pyft import losses, optim
     from pyft.integrations.peft import apply, revert
     from pyft.integrations.sdpa import scaled_dot_product_attention
     from pyft.integrations.transformers import prepare
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pyft.ops.chunked_attention import chunked_attention
     from pyft.ops.dropout import dropout
     from pyft.ops.glu import geglu, relu2, swiglu
+    from pyft.ops.linear_cross_entropy import linear_cross_entropy
+    from pyft.ops.linear_logprobs import linear_logprobs
     from pyft.ops.lora_linear import lora_linear
     from pyft.ops.lora_mlp import lora_mlp
     from pyft.ops.lora_qkv import lora_qkv
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from pyft.ops.quantize import dequantize, quantize
     from pyft.ops.rope import rope
     from pyft.ops.shared.group import NormInput
+    from pyft.ops.shared.head_input import Teacher
     from pyft.quantized import QuantizedTensor
     from pyft.scratch import limit_scratch
 
@@ -41,6 +44,9 @@ _LAZY = {
     "geglu": "pyft.ops.glu",
     "relu2": "pyft.ops.glu",
     "swiglu": "pyft.ops.glu",
+    "linear_cross_entropy": "pyft.ops.linear_cross_entropy",
+    "linear_logprobs": "pyft.ops.linear_logprobs",
+    "Teacher": "pyft.ops.shared.head_input",
     "lora_linear": "pyft.ops.lora_linear",
     "lora_mlp": "pyft.ops.lora_mlp",
     "lora_qkv": "pyft.ops.lora_qkv",
@@ -54,12 +60,13 @@ _LAZY = {
     "QuantizedTensor": "pyft.quantized",
     "limit_scratch": "pyft.scratch",
 }
-_LAZY_MODULES = ("optim",)
+_LAZY_MODULES = ("losses", "optim")
 
 __all__ = [
     "NormInput",
     "PyftError",
     "QuantizedTensor",
+    "Teacher",
     "UsageError",
     "apply",
     "attention",
@@ -71,9 +78,12 @@ __all__ = [
     "geglu",
     "layer_norm",
     "limit_scratch",
+    "linear_cross_entropy",
+    "linear_logprobs",
     "lora_linear",
     "lora_mlp",
     "lora_qkv",
+    "losses",
     "optim",
     "prepare",
     "quantize",

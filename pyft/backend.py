@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # op -> backend -> module. The lora ops are made of vendor matmuls and their backend's kernels,
-# chunked attention of attention's.
+# chunked attention of attention's, the losses of those for logits.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "quantize": {
         "reference": "pyft.reference.quantize",
@@ -52,7 +52,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
             "cpu": "pyft.native",
             "triton": f"pyft.kernels.{op}",
         }
-        for op in ("norm", "rope", "glu")
+        for op in ("norm", "rope", "glu", "logits")
     },
     "attention": {
         "reference": "pyft.reference.attention",
@@ -77,7 +77,14 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
             "triton": f"pyft.ops.{op}",
             "cuda": f"pyft.ops.{op}",
         }
-        for op in ("lora_linear", "lora_qkv", "lora_mlp", "chunked_attention")
+        for op in (
+            "lora_linear",
+            "lora_qkv",
+            "lora_mlp",
+            "chunked_attention",
+            "linear_logprobs",
+            "linear_cross_entropy",
+        )
     },
 }
 

@@ -276,6 +276,63 @@ def glu_backward(
     _launch("glu_backward", dy, (*inputs, *outputs, *dy.shape, DTYPES[dy.dtype]), _on_cpu(dy))
 
 
+# z, labels, class weights, scale, softcap, the teacher's logits, their lse, scale and softcap
+LogitTile = tuple[
+    Tensor, Tensor, Tensor | None, float, float | None,
+    Tensor | None, Tensor | None, float, float | None,
+]  # fmt: skip
+
+
+def _logits(tile: LogitTile) -> tuple[object, ...]:
+    """A call's pyft_logits."""
+    z, labels, weights, scale, softcap, teacher, teacher_lse, teacher_scale, teacher_softcap = tile
+    taught = (0, 0) if teacher is None else (teacher.data_ptr(), teacher.stride(0))
+    views = (
+        (z.data_ptr(), z.stride(0), scale, softcap or 0.0),
+        (*taught, teacher_scale, teacher_softcap or 0.0),
+    )
+    given = (labels.data_ptr(), _address(weights))
+    return (*z.shape, views[0], *given, views[1], _address(teacher_lse))
+
+
+def logit_statistics(
+    tile: LogitTile,
+    lse: Tensor,
+    target: Tensor | None,
+    smooth: Tensor | None,
+    mean: Tensor | None,
+    cross: Tensor | None,
+    top: Tensor | None,
+    argmax: Tensor | None,
+) -> None:
+    """z [M, V] of any row stride, labels int64 [M], class weights fp32 [V] -> fp32 [M] each, and
+    argmax int64 [M]; those that are None are not computed.
+    """
+    sums = tuple(map(_address, (lse, target, smooth, mean, cross, top)))
+    arguments = (_logits(tile), sums, _address(argmax), DTYPES[tile[0].dtype])
+    _launch("logit_statistics", tile[0], arguments, _on_cpu(tile[0]))
+
+
+def logit_gradient(
+    tile: LogitTile,
+    lse: Tensor,
+    mean: Tensor | None,
+    g_lse: Tensor,
+    g_target: Tensor,
+    g_smooth: Tensor | None,
+    g_mean: Tensor | None,
+    g_cross: Tensor | None,
+    threshold: float,
+    kept: Tensor | None,
+) -> None:
+    """fp32 [M] each -> dz in the place of z; kept uint8 [V] becomes 1 where p >= threshold in a
+    row, and at a row's label.
+    """
+    sums = tuple(map(_address, (lse, mean, g_lse, g_target, g_smooth, g_mean, g_cross)))
+    arguments = (_logits(tile), sums, threshold, _address(kept), DTYPES[tile[0].dtype])
+    _launch("logit_gradient", tile[0], arguments, _on_cpu(tile[0]))
+
+
 UNBOUNDED = 2**63 - 1  # PYFT_UNBOUNDED of pyft.h
 # scale, left, right, shift, softcap, and dropout's seed, threshold and keep
 AttentionRule = tuple[

@@ -113,10 +113,13 @@ def _transformed() -> bool:
 
 
 def _noting_lists(save: Callable[..., None]) -> Callable[..., None]:
-    """``save`` that also notes which inputs are lists, and how long they are."""
+    """``save`` that also notes which inputs are lists of tensors, and how long they are."""
+
+    def of_tensors(value: Any) -> bool:
+        return isinstance(value, list) and all(x is None or isinstance(x, Tensor) for x in value)
 
     def noting(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.lists = {i: len(value) for i, value in enumerate(inputs) if isinstance(value, list)}
+        ctx.lists = {i: len(value) for i, value in enumerate(inputs) if of_tensors(value)}
         save(ctx, inputs, output)
 
     return noting

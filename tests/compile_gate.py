@@ -44,13 +44,15 @@ class Variant:
     """One compilation: ``types`` of the run-time arguments ("*bf16", "i32") and constexpr values.
 
     A pointer that is None at run time is a constant too. Pointers, and integers that the kernel
-    specialises on, are taken to be divisible by 16, as they are in a common launch.
+    specialises on, are taken to be divisible by 16, as they are in a common launch, but for those
+    that ``odd`` names.
     """
 
     kernel: JITFunction
     types: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
+    odd: tuple[str, ...] = ()
 
     def source(self) -> ASTSource:
         """The kernel with its signature, as triton.compile takes it."""
@@ -61,6 +63,8 @@ class Variant:
                 constants[(i,)] = self.constants[param.name]
                 continue
             signature[param.name] = kind = self.types[param.name]
+            if param.name in self.odd:
+                continue
             if kind.startswith("*") or (kind.startswith("i") and not param.do_not_specialize):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)

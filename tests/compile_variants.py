@@ -5,6 +5,7 @@ from typing import Any
 
 from compile_attention import attention_variants
 from compile_gate import Variant
+from compile_logits import logit_variants
 from triton.runtime.jit import JITFunction
 
 from pyft.kernels import configs, dropout, glu, lora_matmul, norm, rope, skinny
@@ -108,4 +109,5 @@ def fused_variants() -> dict[str, Variant]:
         "project/bf16/matrix": thin(skinny.project_kernel, configs.PROJECT, dropout=False),
         "reduce/bf16/dropout/matrix": thin(skinny.reduce_kernel, configs.REDUCE, dropout=True),
         **attention_variants(),
+        **logit_variants(),
     }

@@ -22,6 +22,8 @@ ON = {
     "attention_delta": "o",
     "attention_backward": "q",
     "attention_bias_backward": "q",
+    "logit_statistics": "tile",
+    "logit_gradient": "tile",
 }
 
 
@@ -36,17 +38,20 @@ def test_every_native_kernel_is_run(monkeypatch):
         def counted(*arguments: Any) -> None:
             bound = parameters.bind(*arguments).arguments
             on = bound[ON.get(name, "x")]
+            on = on[0] if isinstance(on, tuple) else on
             seen.setdefault(name, []).append(bound | {"dtype": on.dtype})
             function(*arguments)
 
         monkeypatch.setattr(native, name, counted)
 
     layers = ("norm", "norm_backward", "rope", "glu", "glu_backward")
-    layers += tuple(name for name in ON if name.startswith("attention"))
+    layers += tuple(name for name in ON if name.startswith(("attention", "logit")))
     for name in ("quantize", "dequantize", "qlinear", "dropout", "optim", *layers):
         spy(name)
     ran = load("gpu_kernels").kernels(torch.device("cpu"))
     launches = {name: len(calls) for name, calls in seen.items()}
+    # and at least 3 chunks of a trained head's columns, as many as a filter leaves
+    assert launches.pop("logit_gradient") >= 3 * 2 * 4 * 4 + 3 * 2 * 3 * 3
     weights = 3 * (7 * 2 + 6 * 2)  # dtypes, formats, shapes and, but for mxfp4, block sizes
     linears = 3 * 3 * 3  # dtypes, formats, K
     nested = sum(call["zero_code"] == SCALE_FORMAT.zero_code for call in seen["quantize"])
@@ -67,9 +72,11 @@ def test_every_native_kernel_is_run(monkeypatch):
         "attention_delta": 3 * 2 * 5,
         "attention_backward": 3 * 2 * 5,
         "attention_bias_backward": 3 * 2,
+        # dtypes, sizes, losses, of which one has a teacher, and chunks of the 29 rows that count
+        "logit_statistics": 3 * 2 * (4 + 1) * 4,
     }
     assert nested == 3 * (2 * 4 + 3)  # nf4 and fp4, and nf4 in linears
-    assert ran == {"cpu": 3 * weights + 5 * linears + 9 + 3 * (2 * (4 + 4) + 8 + 2 * 5)}
+    assert ran == {"cpu": 3 * weights + 5 * linears + 9 + 3 * (2 * (4 + 4) + 8 + 2 * 5 + 2 * 4)}
 
     def found(name: str, *keys: str) -> set[tuple[Any, ...]]:
         return {tuple(call[key] for key in keys) for call in seen[name]}
@@ -108,3 +115,7 @@ def test_every_native_kernel_is_run(monkeypatch):
     activations = set(product(dtypes, ("silu", "gelu", "gelu_tanh", "relu2")))
     assert found("glu", "dtype", "activation") == activations
     assert found("glu_backward", "dtype", "activation") == activations
+    given = ("kept", "g_smooth", "g_mean", "g_cross")
+    ways = {(c["dtype"], *(c[key] is not None for key in given)) for c in seen["logit_gradient"]}
+    some = ((False,) * 4, (True, False, False, False), (False, True, False, False))
+    assert ways == {(d, *which) for d in dtypes for which in (*some, (False, False, True, True))}

@@ -204,8 +204,9 @@ def test_the_plan_is_most_valuable_first(gpu, tmp_path):
     steps = gpu.plan(tmp_path, "python3", True, True, "/usr/bin/compute-sanitizer")
     names = [step.name for step in steps]
     assert names[:3] == ["build", "environment", "tests of kernels"]
-    assert names[3:6] == ["bench of attention", "bench of layers", "bench"]
-    assert names[6:8] == ["memory", "compute-sanitizer memcheck"]
+    benches = ["bench of attention", "bench of the loss", "bench of layers", "bench"]
+    assert names[3:7] == benches
+    assert names[7:9] == ["memory", "compute-sanitizer memcheck"]
     assert all(step.command for step in steps)
     assert sum(step.least for step in steps) < gpu.SECONDS < 9 * 60
     assert "-n" in steps[2].command

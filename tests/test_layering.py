@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scratch": {"backend"},
     "ops": {"formats", "quantized", "op", "backend", "scratch"},
     "optim": {"formats", "ops"},
+    "losses": {"ops"},
     "integrations": {"formats", "quantized", "backend", "ops", "nn"},
 }
 # Other packages each part may import. Parts not named here may import anything installed.
@@ -39,6 +40,7 @@ MAY_USE: dict[str, set[str]] = {
     "quantized": {"torch"},
     "ops": {"torch"},
     "optim": {"torch"},
+    "losses": {"torch"},
 }
 FORBIDDEN_ABOVE = {"kernels", "native", "_cpu", "_cuda"}
 BELOW_INTEGRATIONS = {*MAY_USE}

@@ -31,7 +31,7 @@ ISA_FLAGS = {
 }  # by the end of a file's name
 
 # What runs the kernels, and how many of its checks there must be at least.
-PROGRAMS = {"": 5000, "_optim": 5000, "_layers": 5000, "_attention": 5000}
+PROGRAMS = {"": 5000, "_optim": 5000, "_layers": 5000, "_attention": 5000, "_logits": 5000}
 
 # A planted fault for each kernel that reads or writes a vector at a time: one element too few.
 OVERRUNS = {
@@ -44,6 +44,8 @@ OVERRUNS = {
     "isa, 1)",
     "gate": "pyft_cpu_glu(&glu, PYFT_F32, isa, 1)",
     "keys": "pyft_cpu_attention(&attention, &o, heap<float>(1), PYFT_F32, isa, 1)",
+    "logits": "pyft_cpu_logit_statistics(&logits, &statistics, PYFT_F32, isa, 1)",
+    "dz": "pyft_cpu_logit_gradient(&logits, &gradient, PYFT_F32, isa, 1)",
 }
 
 OVERRUN = r"""
@@ -65,7 +67,13 @@ int main() {
   attention.q = {heap<float>(32), 32, 32, 32}, attention.v = {heap<float>(64), 64, 64, 32};
   attention.k = {heap<float>(63), 64, 64, 32};
   const pyft_head_view o = {heap<float>(32), 32, 32, 32};
-  (void)coding, (void)weight, (void)slab, (void)glu, (void)o;
+  const pyft_logit_view z = {heap<float>(63), 64, 1.0f, 0.0f};
+  const pyft_logits logits = {1, 64, z, heap<int64_t>(1), nullptr, {}, nullptr};
+  pyft_logit_statistics statistics = {};
+  statistics.lse = heap<float>(1);
+  pyft_logit_gradient gradient = {};
+  gradient.lse = gradient.g_lse = gradient.g_target = heap<float>(1);
+  (void)coding, (void)weight, (void)slab, (void)glu, (void)o, (void)logits;
   return CALL;
 }
 """

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PACKAGES = ("torch", "bitsandbytes", "torchao", "peft", "transformers", "liger-kernel")
+PACKAGES = (
+    "torch", "bitsandbytes", "torchao", "peft", "transformers", "liger-kernel", "cut-cross-entropy",
+)  # fmt: skip
 
 
 def version(package: str) -> str | None:

@@ -22,6 +22,12 @@ class Fused:
     """Mixed in before the module's own class, which is kept in ``plain``."""
 
     plain: Any
+    unnamed = False  # whether the fused class goes by the plain one's name and module
+
+    @classmethod
+    def members(cls, plain: Any) -> dict[str, Any]:
+        """What a class fused of this plain one has besides."""
+        return {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled by the name of the module's own class: the fused one is made where it is read."""
@@ -61,8 +67,11 @@ def plain_class(module: nn.Module) -> Any:
 @cache
 def fused_class(mixin: Any, plain: Any) -> Any:
     """The class of a fused module."""
-    name = f"Fused{plain.__name__}"
-    return type(name, (mixin, plain), {"plain": plain, "__module__": __name__})
+    name, module = f"Fused{plain.__name__}", __name__
+    if mixin.unnamed:
+        name, module = plain.__name__, plain.__module__
+    body = {"plain": plain, "__module__": module, **mixin.members(plain)}
+    return type(name, (mixin, plain), body)
 
 
 def _new(mixin: Any, plain: Any) -> Any:
@@ -79,10 +88,7 @@ def answers_of_double(module: nn.Module, x: Tensor, **parts: dict[str, Any]) -> 
     found = []
     for training in (True, False):
         double = plain.__new__(plain)
-        own = {
-            k: copy.copy(v) if isinstance(v, _CONTAINERS) else v for k, v in vars(module).items()
-        }
-        double.__dict__ = {**own, "training": training, **parts}
+        double.__dict__ = {**own_dict(module), "training": training, **parts}
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 answer = plain.forward(double, x)
@@ -92,6 +98,11 @@ def answers_of_double(module: nn.Module, x: Tensor, **parts: dict[str, Any]) -> 
             return None
         found.append(answer)
     return found
+
+
+def own_dict(module: nn.Module) -> dict[str, Any]:
+    """A module's ``__dict__`` for a double of it, which may add to what it holds."""
+    return {k: copy.copy(v) if isinstance(v, _CONTAINERS) else v for k, v in vars(module).items()}
 
 
 def hooked(module: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from pyft.integrations.linears import (
     obstacle,
     weight_of,
 )
+from pyft.integrations.loss import reset_loss, set_loss
 from pyft.integrations.mlps import FusedMLP, gated_mlp
 from pyft.integrations.norms import (
     FusedNorm,
@@ -79,7 +80,8 @@ def apply(model: nn.Module, recompute_mlp: bool = False) -> ApplyReport:
     LoRA linears run ``pyft.lora_linear``, q, k and v of one attention ``pyft.lora_qkv``, gated MLPs
     ``pyft.lora_mlp``, norms ``pyft.rms_norm`` or ``pyft.layer_norm``, rotary embeddings
     ``pyft.rope``; each where it computes what the module did. Models whose attention is
-    transformers' interface get attn_implementation="pyft".
+    transformers' interface get attn_implementation="pyft". Causal models given labels take their
+    loss by ``pyft.linear_cross_entropy``; their outputs' logits are made when somebody reads them.
 
     Args:
         model: a PEFT model, or any module, with plain, pyft-quantized or bitsandbytes weights.
@@ -95,6 +97,7 @@ def apply(model: nn.Module, recompute_mlp: bool = False) -> ApplyReport:
     """
     entries = [*_linears(model), *_attentions(model), *_mlps(model, recompute_mlp), *_norms(model)]
     entries += _scores(model)
+    entries += _losses(model)
     entries += _experts(model)
     frozen = _quantized_names(model)
     if frozen:  # DistributedDataParallel would broadcast them, which writes
@@ -105,6 +108,7 @@ def apply(model: nn.Module, recompute_mlp: bool = False) -> ApplyReport:
 def revert(model: nn.Module) -> None:
     """Give every module ``apply`` changed its own class back; nothing else was ever touched."""
     reset_attention(model)
+    reset_loss(model)
     for module in model.modules():
         unfuse(module)
     if model.__dict__.get(_DDP_IGNORES) == _quantized_names(model):
@@ -290,6 +294,11 @@ def _scores(model: nn.Module) -> Iterator[Applied]:
         else:
             device = next(module.parameters()).device
             yield Applied(f"{name} attention", f"pyft.attention on {select('attention', device)}")
+
+
+def _losses(model: nn.Module) -> Iterator[Applied]:
+    for name, _, runs, why in set_loss(model):
+        yield Applied(f"{name} loss".strip(), runs, why)
 
 
 def _experts(model: nn.Module) -> Iterator[Applied]:

@@ -88,14 +88,17 @@ def as_projection(
     lora_b: Tensor | None,
     scale: float,
     cast: bool,
+    name: str = "x",
 ) -> Projection:
-    """The checked arguments as an op takes them; ``cast``: a dense weight takes x's dtype."""
+    """The checked arguments as an op takes them; ``cast``: a dense weight takes x's dtype. ``name``
+    is what the caller knows x by.
+    """
     if not isinstance(weight, Tensor) or not isinstance(scale, (int, float)):
         kinds = f"{type(weight).__name__} and {type(scale).__name__}"
         raise UsageError(f"{op}: weight and scale are {kinds}; pass a tensor and a number")
     if cast and not isinstance(weight, QuantizedTensor):
         weight = weight.to(x.dtype)
-    _check(op, x, weight, lora_a, lora_b, bias)
+    _check(op, x, weight, lora_a, lora_b, bias, name)
     lora_a, lora_b, bias = (None if t is None else t.to(x.dtype) for t in (lora_a, lora_b, bias))
     adapter = (lora_a, lora_b, bias)
     n = weight.shape[0]
@@ -123,17 +126,20 @@ def _check(
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     bias: Tensor | None,
+    name: str,
 ) -> None:
     n, k = weight.shape if weight.dim() == 2 else (0, -1)
     if x.dim() < 1 or x.shape[-1] != k:
         raise UsageError(
-            f"{op}: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit; "
+            f"{op}: {name} {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit; "
             "need [..., K] and [N, K]"
         )
     if not x.is_floating_point():
-        raise UsageError(f"{op}: x is {x.dtype}; pass a floating tensor")
+        raise UsageError(f"{op}: {name} is {x.dtype}; pass a floating tensor")
     if not isinstance(weight, QuantizedTensor) and weight.dtype != x.dtype:
-        raise UsageError(f"{op}: x is {x.dtype} and weight is {weight.dtype}; cast one of them")
+        raise UsageError(
+            f"{op}: {name} is {x.dtype} and weight is {weight.dtype}; cast one of them"
+        )
     if (lora_a is None) != (lora_b is None):
         raise UsageError(f"{op}: lora_a and lora_b go together; pass both or neither")
     if lora_a is not None and lora_b is not None:
@@ -148,7 +154,7 @@ def _check(
     ):  # fmt: skip
         if tensor is not None and tensor.device != x.device:
             raise UsageError(
-                f"{op}: x is on {x.device} and {what} on {tensor.device}; move one of them"
+                f"{op}: {name} is on {x.device} and {what} on {tensor.device}; move one of them"
             )
     if bias is not None and bias.shape != (n,):
         raise UsageError(f"{op}: bias {tuple(bias.shape)} does not fit weight {(n, k)}; need [{n}]")

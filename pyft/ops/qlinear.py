@@ -62,14 +62,16 @@ def forward(
     name: str,
     low: LowRank | None = None,
     wide: Wide | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x Wᵀ + bias + the low-rank product; x [M, K] in any floating dtype, bias [N] of x's dtype or
-    None. ``wide`` holds x and the adapter's input side by side: one matmul does it all.
+    None. ``wide`` holds x and the adapter's input side by side: one matmul does it all. The result
+    is written to ``out`` [M, N] where that is given.
     """
     rows, cols = w.shape
     columns = columns_of(w.parts)
-    y = empty_rows(x, x.shape[0], rows)
-    dtype = _decoded_dtype(x)
+    y = empty_rows(x, x.shape[0], rows) if out is None else out
+    dtype = decoded_dtype(x)
     with backend(name):
         chosen = select("qlinear", x.device)
         if x.shape[0] <= FUSED_ROWS[chosen].get(x.dtype, 0):
@@ -103,12 +105,12 @@ def input_gradient(
     columns = columns_of(w.parts)
     dx = empty_rows(dy, dy.shape[0], cols) if into is None or columns is not None else into
     with backend(name):
-        parts = slabs(cols, rows, _decoded_dtype(dy))
+        parts = slabs(cols, rows, decoded_dtype(dy))
         dropped = low is not None and low.drop.seed is not None
         apart = columns is not None or (dropped and len(parts) > 1)
         for begin, end in parts:
             part_low = None if low is None or apart else low.columns(begin, end)
-            with w.slab((0, rows, begin, end), _decoded_dtype(dy)) as part:
+            with w.slab((0, rows, begin, end), decoded_dtype(dy)) as part:
                 weight, to = part.to(dy.dtype), dx[:, begin:end]
                 product(dy, weight, part_low, None, to, accumulate=dx is into)
     if columns is not None:
@@ -124,7 +126,8 @@ def scratch_shape(rows: int, cols: int, dtype: torch.dtype) -> tuple[int, int]:
     return slabs(rows, cols, dtype)[0][1], cols
 
 
-def _decoded_dtype(x: Tensor) -> torch.dtype:
+def decoded_dtype(x: Tensor) -> torch.dtype:
+    """What a weight is decoded in for a product with x."""
     return x.dtype if x.dtype in DTYPES else torch.float32
 
 

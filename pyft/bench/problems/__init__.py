@@ -9,6 +9,7 @@ from pyft.bench.problems import (
     layers,
     linear,
     lora,
+    loss,
     optim,
     quantize,
 )
@@ -25,6 +26,9 @@ OPS: dict[str, Op] = {
         decoder.DECODER_LAYER,
         attention.ATTENTION,
         attention.CHUNKED_ATTENTION,
+        loss.LINEAR_CROSS_ENTROPY,
+        loss.LINEAR_LOGPROBS,
+        loss.LOGITS,
         layers.RMS_NORM,
         layers.LAYER_NORM,
         layers.ROPE,

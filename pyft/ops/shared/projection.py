@@ -94,20 +94,24 @@ def outputs(
         buffer = None
     found, slot = [], 0
     for p in projections:
-        low = wide = None
-        if p.lora_b is not None:
-            low = LowRank(s[:, slot : slot + p.rank], p.lora_b.t(), p.scale)
-            wide = None if buffer is None else Wide(buffer, tail, slot)
+        wide = None if buffer is None or p.lora_b is None else Wide(buffer, tail, slot)
+        found.append(output(x, s[:, slot : slot + p.rank], p, wide))
         slot += p.rank
-        if p.weight is None:
-            shape = (p.out_features, x.shape[1])
-            stored = qlinear.Stored(p.stored, p.format, p.block_size, shape)
-            found.append(qlinear.forward(x, stored, p.bias, chosen(), low, wide))
-        else:
-            y = empty_rows(x, x.shape[0], p.out_features)
-            product(x, p.weight.t(), low, p.bias, y)
-            found.append(y)
     return found
+
+
+def output(
+    x: Tensor, s: Tensor, p: Projection, wide: Wide | None = None, out: Tensor | None = None
+) -> Tensor:
+    """y of one projection, S [M, R] its own; written to ``out`` where that is given."""
+    low = None if p.lora_b is None else LowRank(s, p.lora_b.t(), p.scale)
+    if p.weight is None:
+        shape = (p.out_features, x.shape[1])
+        stored = qlinear.Stored(p.stored, p.format, p.block_size, shape)
+        return qlinear.forward(x, stored, p.bias, chosen(), low, wide, out)
+    y = empty_rows(x, x.shape[0], p.out_features) if out is None else out
+    product(x, p.weight.t(), low, p.bias, y)
+    return y
 
 
 class Needs(NamedTuple):

@@ -1,0 +1,433 @@
+"""A head's logits tile by tile: what the losses over them share.
+
+    z = h Wᵀ + bias + scale (h Aᵀ) Bᵀ        h [N, D]   W [V, D]   z [M, V] of the M rows that count
+
+Rows whose label is ``ignore_index`` are dropped first. The others are taken in chunks of as many as
+the budget holds logits of; a chunk's logits become their own gradient where they lie, and dh of the
+chunk is one matmul of all V columns, so that no sum is split. dW needs all rows at once: there the
+chunks are of columns, and the logits are multiplied once more. What else the head may learn (bias,
+adapter) is summed over chunks in fp32.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyft.errors import UsageError
+from pyft.ops import qlinear
+from pyft.ops.dropout import NO_DROPOUT
+from pyft.ops.logits import (
+    Filter,
+    Statistics,
+    Taught,
+    Tile,
+    Wanted,
+    Weights,
+    gradient_,
+    statistics,
+    wide,
+)
+from pyft.ops.lora_matmul import LowRank, product
+from pyft.ops.shared.projection import (
+    FIELDS,
+    Projection,
+    adapter_gradients,
+    input_gradient,
+    inputs_of_adapters,
+    output,
+    schema,
+)
+from pyft.ops.shared.rows import empty_rows
+from pyft.quantized import columns_of
+
+NO_HEAD = Projection(None, [], None, None, None, "", 0, 0, 0.0)
+_PIECE = 8192  # columns of a tile that are in fp32 at once
+
+
+class _Slot(int):
+    """Where a tensor is among those that were saved."""
+
+
+def packed(arguments: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+    """The tensors among an op's arguments, those in lists too, and the arguments without them."""
+    tensors: list[Tensor] = []
+
+    def without(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            return _Slot(len(tensors) - 1)
+        return [without(part) for part in value] if isinstance(value, list) else value
+
+    return tensors, [without(value) for value in arguments]
+
+
+def unpacked(tensors: Sequence[Tensor], rest: list[Any]) -> list[Any]:
+    """The arguments of ``packed``."""
+
+    def again(value: Any) -> Any:
+        if isinstance(value, list):
+            return [again(part) for part in value]
+        return tensors[value] if isinstance(value, _Slot) else value
+
+    return [again(value) for value in rest]
+
+
+class LabelError(UsageError):
+    """A label that names no column: where it is among the rows, and what it is."""
+
+    def __init__(self, row: int, label: int, columns: int, ignore_index: int) -> None:
+        super().__init__(
+            f"labels: row {row} is {label}; need 0 to {columns - 1}, or ignore_index {ignore_index}"
+        )
+        self.row, self.label = row, label
+
+
+class Call(NamedTuple):
+    """What a loss over logits is given, in the order of the schema once ``flat``."""
+
+    hidden: Tensor  # [N, D], adjacent columns
+    labels: Tensor  # int64 [N]
+    class_weights: Tensor | None  # fp32 or float64 [V]
+    teacher_hidden: Tensor | None  # [N, D']
+    head: Projection
+    teacher: Projection
+    logit_scale: float
+    softcap: float | None
+    teacher_scale: float
+    teacher_softcap: float | None
+    ignore_index: int
+    first: int  # the label of the head's first row, and how many labels there are:
+    total: int  # more than the head has rows where it is a shard
+    budget: int  # bytes of logits
+    name: str
+
+    def flat(self) -> tuple[Any, ...]:
+        """With the fields of both heads among its own."""
+        return (*self[:4], *self.head, *self.teacher, *self[6:])
+
+    @staticmethod
+    def of(arguments: Sequence[Any]) -> "Call":
+        """Of its ``flat`` form."""
+        heads = Projection(*arguments[4 : 4 + FIELDS]), Projection(*arguments[4 + FIELDS : _LAST])
+        return Call(*(*arguments[:4], *heads, *arguments[_LAST:]))
+
+
+_LAST = 4 + 2 * FIELDS
+FLAT = len(Call._fields) - 2 + 2 * FIELDS
+SCHEMA = (
+    f"Tensor hidden, Tensor labels, Tensor? class_weights, Tensor? teacher_hidden, "
+    f"{schema('')}, {schema('_teacher')}, float logit_scale, float? softcap, float teacher_scale, "
+    "float? teacher_softcap, int ignore_index, int first, int total, int budget, str name"
+)
+
+
+class Counted(NamedTuple):
+    """The rows that count."""
+
+    places: Tensor | None  # int64 [M] among all rows; None: all
+    labels: Tensor  # int64 [M], of the head's rows; outside them where another shard has it
+
+
+def counted(call: Call) -> Counted:
+    """Raises LabelError where a label is none. A GPU is waited for: how many rows count decides
+    what is launched.
+    """
+    labels = call.labels
+    counts = labels != call.ignore_index
+    wrong = counts & ((labels < 0) | (labels >= call.total))
+    many, bad = torch.stack((counts.sum(), wrong.sum())).tolist()
+    if bad:
+        row = int(wrong.nonzero()[0])
+        raise LabelError(row, int(labels[row]), call.total, call.ignore_index)
+    places = None if many == len(labels) else counts.nonzero()[:, 0]
+    kept = labels if places is None else labels.index_select(0, places)
+    return Counted(places, (kept - call.first).contiguous())
+
+
+def rows_of(x: Tensor, places: Tensor | None, begin: int, end: int) -> Tensor:
+    """Some of the rows that count: a view where all do."""
+    return x[begin:end] if places is None else x.index_select(0, places[begin:end])
+
+
+def write_rows(into: Tensor, part: Tensor, places: Tensor | None, begin: int, end: int) -> None:
+    """Where ``rows_of`` takes them from."""
+    if places is None:
+        into[begin:end] = part
+    else:
+        into.index_copy_(0, places[begin:end], part)
+
+
+def chunk_of(total: int, length: int, budget: int, like: Tensor) -> int:
+    """In how large steps to go over ``total`` so that each has at most ``budget`` bytes, ``length``
+    elements of like's dtype for each; 0 where not one has room.
+    """
+    fitting = budget // max(1, length * like.element_size())
+    if fitting >= total or fitting == 0:
+        return min(total, fitting)
+    multiple = next(size for size in (64, 16, 4, 1) if fitting >= size)
+    step = -(-total // -(-total // (fitting // multiple * multiple)))  # about equal ones
+    return min(-(-step // multiple) * multiple, fitting // multiple * multiple)
+
+
+def tiles_of(call: Call) -> int:
+    """How many tiles the budget has to hold at once."""
+    return 1 if call.teacher_hidden is None else 2
+
+
+def row_chunk(call: Call, rows: int) -> int:
+    """Rows of logits at once."""
+    return chunk_of(rows, call.head.out_features * tiles_of(call), call.budget, call.hidden)
+
+
+class Chunk(NamedTuple):
+    """Some of the rows that count, and their logits."""
+
+    begin: int
+    end: int
+    x: Tensor  # [m, D]
+    s: Tensor  # [m, R], the adapter's input
+    tile: Tile
+    teacher: Statistics | None
+
+
+def over_rows(call: Call, rows: Counted, teacher_lse: Tensor | None = None) -> Iterator[Chunk]:
+    """Chunks of the rows that count; the logits lie in memory that the next chunk writes over.
+    ``teacher_lse`` [N] where it is known.
+    """
+    many, v = rows.labels.shape[0], call.head.out_features
+    step = row_chunk(call, many)
+    buffers = [_empty_tile(call.hidden, step, v) for _ in range(tiles_of(call) if many else 0)]
+    rule = (call.teacher_scale, call.teacher_softcap)
+    for begin in range(0, many, max(1, step)):
+        end = min(begin + step, many)
+        x, labels = rows_of(call.hidden, rows.places, begin, end), rows.labels[begin:end]
+        s = inputs_of_adapters(x, [call.head], NO_DROPOUT)
+        z = output(x, s, call.head, None, buffers[0][: end - begin])
+        taught = of_teacher = None
+        if call.teacher_hidden is not None:
+            h = rows_of(call.teacher_hidden, rows.places, begin, end)
+            s_teacher = inputs_of_adapters(h, [call.teacher], NO_DROPOUT)
+            z_teacher = output(h, s_teacher, call.teacher, None, buffers[1][: end - begin])
+            if teacher_lse is None:
+                tile = Tile(z_teacher, labels, None, *rule)
+                of_teacher = statistics(tile, Wanted(mean=True), call.name)
+                lse = of_teacher.lse
+            else:
+                lse = rows_of(teacher_lse, rows.places, begin, end)
+            taught = Taught(z_teacher, lse, *rule)
+        tile = Tile(z, labels, call.class_weights, call.logit_scale, call.softcap, taught)
+        yield Chunk(begin, end, x, s, tile, of_teacher)
+
+
+def _empty_tile(like: Tensor, rows: int, cols: int) -> Tensor:
+    """[rows, cols], each row at a multiple of 16 elements: kernels load so many at once."""
+    return empty_rows(like, rows, -(-cols // 16) * 16)[:, :cols]
+
+
+class Wants(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    lora_a: bool
+    lora_b: bool
+    bias: bool
+
+    @property
+    def rows(self) -> bool:
+        """Whether any is made from chunks of rows."""
+        return self.hidden or self.lora_a or self.lora_b or self.bias
+
+
+class Sums:
+    """Gradients made from chunks of rows: dh, and in fp32 those of the adapter and the bias. With
+    ``threshold`` columns of which no row of a chunk has that probability are left out of dh;
+    ``kept`` uint8 [V] notes the others.
+    """
+
+    def __init__(self, call: Call, rows: Counted, wants: Wants, threshold: float = 0.0) -> None:
+        self.call, self.places, self.wants, self.threshold = call, rows.places, wants, threshold
+        hidden, p, (n, d) = call.hidden, call.head, call.hidden.shape
+        dtype = wide(hidden.dtype)
+        self.hidden = empty_rows(hidden, n, d) if wants.hidden else hidden.new_empty(0)
+        if rows.places is not None:
+            self.hidden.zero_()
+        a_shape = (p.rank, d) if wants.lora_a else (0,)
+        self.lora_a = hidden.new_zeros(a_shape, dtype=dtype)
+        # one beside the other: a tile is read once for both
+        cols = wants.lora_b * p.rank + wants.bias
+        self._beside = hidden.new_zeros(p.out_features if cols else 0, cols, dtype=dtype)
+        filtered = p.out_features if threshold else 0
+        self.kept = hidden.new_zeros(filtered, dtype=torch.uint8)
+
+    def of_leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """fp32 sums for lora_a [R, D], lora_b [V, R] and bias [V], or empty."""
+        none = self._beside.new_empty(0)
+        bias = self._beside[:, -1].contiguous() if self.wants.bias else none
+        rank = self.call.head.rank
+        lora_b = self._beside[:, :rank].contiguous() if self.wants.lora_b else none
+        return self.lora_a, lora_b, bias
+
+    def add(
+        self,
+        chunk: Chunk,
+        lse: Tensor,
+        mean: Tensor | None,
+        weights: Weights,
+        share: Tensor | None = None,
+    ) -> None:
+        """Turn a chunk's logits into their gradient and take what is wanted of it; ``share`` [m]
+        multiplies each row in the sums, not in dh.
+        """
+        dz, p = chunk.tile.z, self.call.head
+        filtered = Filter(self.threshold, torch.zeros_like(self.kept)) if self.threshold else None
+        gradient_(chunk.tile, lse, mean, weights, self.call.name, filtered)
+        ds = adapter_gradients([dz], [p], self.wants.lora_a or (self.wants.hidden and p.rank > 0))
+        if self.wants.hidden:
+            self._add_hidden(chunk, ds, filtered)
+        dtype = self._beside.dtype
+        if share is None:
+            share = dz.new_ones(dz.shape[0], dtype=dtype)
+        if self.wants.lora_a and ds is not None:
+            self.lora_a.addmm_((ds.to(dtype) * share[:, None]).t(), chunk.x.to(dtype))
+        right = [chunk.s.to(dtype) * (share * p.scale)[:, None]] if self.wants.lora_b else []
+        right += [share[:, None]] if self.wants.bias else []
+        for begin in range(0, p.out_features if right else 0, _PIECE):
+            piece = dz[:, begin : begin + _PIECE].to(dtype)
+            self._beside[begin : begin + _PIECE].addmm_(piece.t(), torch.cat(right, 1))
+
+    def _add_hidden(self, chunk: Chunk, ds: Tensor | None, filtered: Filter | None) -> None:
+        dz, p, d = chunk.tile.z, self.call.head, self.call.hidden.shape[1]
+        columns = None
+        if filtered is not None:
+            self.kept |= filtered.kept
+            columns = filtered.kept.nonzero()[:, 0]
+        if columns is not None and 2 * len(columns) < p.out_features and p.weight is not None:
+            part = _of_columns(dz, p.weight, columns, self.call.budget // 2)
+            if ds is not None and p.lora_a is not None:
+                LowRank(ds, p.lora_a, 1.0).add_to(part)
+        else:
+            part = input_gradient([dz], ds, [p], NO_DROPOUT, d)
+        write_rows(self.hidden, part, self.places, chunk.begin, chunk.end)
+
+
+def _of_columns(dz: Tensor, weight: Tensor, columns: Tensor, budget: int) -> Tensor:
+    """dz W of some columns [C] of dz, with ``budget`` bytes for copies of them."""
+    total = dz.new_zeros(dz.shape[0], weight.shape[1], dtype=wide(dz.dtype))
+    step = max(1, chunk_of(len(columns), sum(total.shape), budget, dz))
+    for piece in columns.split(step):
+        total += torch.mm(dz.index_select(1, piece), weight.index_select(0, piece))
+    return total.to(dz.dtype)
+
+
+class Known(NamedTuple):
+    """What a backward knows of the rows, [N] each; those that do not count hold anything."""
+
+    lse: Tensor
+    mean: Tensor | None
+    teacher_lse: Tensor | None
+    weights: Weights
+
+    def of(self, rows: Counted, begin: int, end: int) -> "Known":
+        """Of some of the rows that count."""
+        flat = (self.lse, self.mean, self.teacher_lse, *self.weights)
+        part = [None if x is None else rows_of(x, rows.places, begin, end) for x in flat]
+        lse, mean, teacher_lse, *weights = part
+        return Known(lse, mean, teacher_lse, Weights(*weights))  # type: ignore[arg-type]
+
+
+def gradients(call: Call, known: Known, wants: Wants, kept: Tensor) -> list[Tensor]:
+    """Of hidden, weight, lora_a, lora_b and bias: what is wanted, the others empty. ``kept`` uint8
+    [V]: the columns for which the weight gets a gradient; empty: all.
+    """
+    rows = counted(call)
+    sums = Sums(call, rows, wants)
+    for chunk in over_rows(call, rows, known.teacher_lse) if wants.rows else ():
+        part = known.of(rows, chunk.begin, chunk.end)
+        sums.add(chunk, part.lse, part.mean, part.weights)
+    dw = call.hidden.new_empty(0)
+    if wants.weight:
+        dw = empty_rows(call.hidden, call.head.out_features, call.hidden.shape[1])
+        if kept.numel() or not rows.labels.numel():
+            dw.zero_()
+        if rows.labels.numel():
+            _weight_gradient(call, rows, known.of(rows, 0, len(rows.labels)), kept, dw)
+    dtype = call.hidden.dtype
+    return [sums.hidden, dw, *(x.to(dtype) for x in sums.of_leaves())]
+
+
+def _weight_gradient(call: Call, rows: Counted, known: Known, kept: Tensor, dw: Tensor) -> None:
+    """dzᵀ h of all the rows that count, some columns of dz at a time."""
+    many, v, tiles = len(rows.labels), call.head.out_features, tiles_of(call)
+    x = rows_of(call.hidden, rows.places, 0, many)
+    s = inputs_of_adapters(x, [call.head], NO_DROPOUT)
+    step = max(1, chunk_of(v, many * tiles, call.budget, x))
+    memory = [x.new_empty(many * step) for _ in range(tiles)]
+    pieces: Sequence[Any] = [slice(b, min(b + step, v)) for b in range(0, v, step)]
+    if kept.numel():
+        pieces = kept.nonzero()[:, 0].split(step)
+    for piece in pieces:
+        part = _columns(call.head, piece)
+        shape = (many, part.out_features)
+        z, *z_teacher = (flat[: shape[0] * shape[1]].view(shape) for flat in memory)
+        taught = None
+        if call.teacher_hidden is not None and known.teacher_lse is not None:
+            h = rows_of(call.teacher_hidden, rows.places, 0, many)
+            _teacher_columns(h, call.teacher, piece, z_teacher[0])
+            rule = (call.teacher_scale, call.teacher_softcap)
+            taught = Taught(z_teacher[0], known.teacher_lse, *rule)
+        weights = None if call.class_weights is None else call.class_weights[piece].contiguous()
+        labels = _among(rows.labels, piece)
+        tile = Tile(
+            output(x, s, part, None, z), labels, weights, call.logit_scale, call.softcap, taught
+        )
+        gradient_(tile, known.lse, known.mean, known.weights, call.name)
+        if isinstance(piece, slice):
+            torch.mm(z.t(), x, out=dw[piece])
+        else:
+            dw[piece] = torch.mm(z.t(), x)
+
+
+def _among(labels: Tensor, piece: Any) -> Tensor:
+    """Labels as positions among some columns; -1 where they are not of them."""
+    if isinstance(piece, slice):
+        return torch.sub(labels, piece.start)
+    place = torch.searchsorted(piece, labels).clamp_(max=len(piece) - 1)
+    return torch.where(torch.eq(piece[place], labels), place, -1)
+
+
+def _columns(p: Projection, piece: Any) -> Projection:
+    """A dense head's columns of logits: a slice of them or their indices."""
+    assert p.weight is not None
+    weight = p.weight[piece]
+    beside = (None if x is None else x[piece] for x in (p.lora_b, p.bias))
+    lora_b, bias = beside
+    return p._replace(weight=weight, lora_b=lora_b, bias=bias, out_features=len(weight))
+
+
+def _teacher_columns(h: Tensor, p: Projection, piece: slice, out: Tensor) -> None:
+    """A teacher's logits of some columns."""
+    s = inputs_of_adapters(h, [p], NO_DROPOUT)
+    if p.weight is not None:
+        output(h, s, _columns(p, piece), None, out)
+        return
+    order = columns_of(p.stored)
+    k = h.shape[1]
+    stored = qlinear.Stored(p.stored, p.format, p.block_size, (p.out_features, k))
+    with stored.slab((piece.start, piece.stop, 0, k), qlinear.decoded_dtype(h)) as decoded:
+        low = None if p.lora_b is None else LowRank(s, p.lora_b[piece].t(), p.scale)
+        bias = None if p.bias is None else p.bias[piece]
+        h = h if order is None else h.index_select(1, order)
+        product(h, decoded.to(h.dtype).t(), low, bias, out)
+
+
+def fake_gradients(call: Call, wants: Wants) -> list[Tensor]:
+    """Empty tensors like those of ``gradients``."""
+    p, (n, d) = call.head, call.hidden.shape
+    shapes = ((n, d), (p.out_features, d), (p.rank, d), (p.out_features, p.rank), (p.out_features,))
+    return [
+        call.hidden.new_empty(shape if wanted else 0)
+        for shape, wanted in zip(shapes, wants, strict=True)
+    ]
