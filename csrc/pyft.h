@@ -238,7 +238,7 @@ typedef struct {
 } pyft_logits;
 
 // fp32 [rows] and argmax int64 [rows]; all but lse may be NULL. cross needs a teacher. argmax is the first of the
-// largest; where a row holds NaN it is some column and the others are NaN.
+// largest; where a row holds NaN it is some column, and the others but target are NaN.
 typedef struct {
   float *lse, *target, *smooth, *mean, *cross, *top;
   int64_t* argmax;

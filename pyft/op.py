@@ -83,6 +83,7 @@ class Op(Primitive):
         self.library.register_autograd(_with_lists(backward), setup_context=_noting_lists(save))
 
         def forward_and_save(ctx: Any, *arguments: Any) -> Any:
+            ctx.outputs_are_ours = True  # only the public function sees what it does not return
             found = forward(*arguments)
             save(ctx, arguments, found)
             return found

@@ -258,3 +258,34 @@ LOSS_BEHAVIOUR = pytest.mark.parametrize(
     [_REPLACED.get(one.__name__, one) for one in BEHAVIOUR.args[1]],
     ids=lambda behaviour: behaviour.__name__,
 )
+
+
+def loss_and_gradients(given: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    """The loss and the gradients of its sum."""
+    loss = loss_of(given, **options)
+    leaves = {n: x for n, x in given.items() if isinstance(x, Tensor) and x.requires_grad}
+    found = torch.autograd.grad(loss.sum(), list(leaves.values()))
+    return {"loss": loss.detach(), **dict(zip(leaves, found, strict=True))}
+
+
+def true_loss_and_gradients(given: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    doubles = {
+        n: x.detach().double().requires_grad_(x.requires_grad)
+        if isinstance(x, Tensor) and x.is_floating_point()
+        else x
+        for n, x in given.items()
+    }
+    loss = written_out(doubles, **options)
+    leaves = {n: x for n, x in doubles.items() if isinstance(x, Tensor) and x.requires_grad}
+    found = torch.autograd.grad(loss.sum(), list(leaves.values()))
+    return {"loss": loss.detach(), **dict(zip(leaves, found, strict=True))}
+
+
+def check_values(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 2e-5
+) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        size = max(float(wanted[name].abs().max()), 1e-3) if value.numel() else 1.0
+        error = float((value.double() - wanted[name]).abs().max()) if value.numel() else 0.0
+        assert error <= tolerance * size, (name, error, size)

@@ -107,6 +107,24 @@ def test_each_part_alone(part: str) -> None:
             torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("frozen", ["", "hidden", "weight"])
+@pytest.mark.parametrize("dtype", LINEAR_DTYPES, ids=dtype_name)
+def test_teachers_of_any_budget(dtype: torch.dtype, frozen: str) -> None:
+    """Nor does it matter in how many parts the head's gradient is taken."""
+    given = taught(inputs(60, 37, 8, dtype, frozen=frozen))
+    call = logprobs_call(given, kl=True, entropy=True)
+    whole = call.run()
+    for rows in (2, 6, 20):
+        part = logprobs_call(
+            given, kl=True, entropy=True, budget=rows * 37 * dtype.itemsize / 2**20
+        )
+        part.dys = call.dys
+        for name, value in part.run().items():
+            size = max(1.0, float(whole[name].abs().max()))
+            error = float((value.double() - whole[name].double()).abs().max())
+            assert error <= 16 * torch.finfo(dtype).eps * size, (rows, name)
+
+
 def test_a_teacher_with_everything() -> None:
     given = inputs(9, bias=True)
     hidden, weight = torch.randn(9, 5), torch.randn(37, 5)

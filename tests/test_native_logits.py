@@ -93,7 +93,7 @@ def test_a_vocabulary_of_262144(content: str, isa: str) -> None:
         "rising": (-30 + 60 * x).repeat(3, 1),  # every block has a larger one
         "falling": (30 - 60 * x).repeat(3, 1),
         "last": torch.cat((-40 + torch.rand(3, cols - 1), torch.full((3, 1), 40.0)), 1),
-        "late": torch.cat((torch.rand(3, 9999) - 25, 0.5 + torch.rand(3, cols - 9999)), 1),
+        "late": torch.cat((torch.rand(3, cols - 1) - 17, 1 + torch.rand(3, 1)), 1),
         "positive": torch.rand(3, cols),
     }[content]
     weights = torch.rand(cols)
@@ -122,11 +122,13 @@ def test_every_probability_is_relatively_right(dtype: str, isa: str) -> None:
 
 
 def test_every_exponential_of_the_sums_is_right(isa: str) -> None:
-    """In a row of two a mean near 0 is relatively as right as the smaller exponential."""
+    """In a row of two a mean near 0 is relatively as right as the smaller exponential, off by its
+    polynomial and the rounding of its exponent.
+    """
     x = torch.linspace(0.1, 60, 40_001)
     mean = statistics(tile_of(torch.stack((torch.zeros_like(x), -x), 1)))[3]
     truth = -x.double() / (1 + x.double().exp())
-    assert ((mean / truth - 1).abs() <= (2.2 + x / 2) * EPS).all()
+    assert ((mean / truth - 1).abs() <= (2.2 + 0.62 * x) * EPS).all()
 
 
 @pytest.mark.parametrize("make", [tile_of, taught])

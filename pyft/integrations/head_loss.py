@@ -199,8 +199,8 @@ def _fits(logits: LazyLogits, labels: Any, shift: bool, items: Any) -> bool:
 def _of_head(logits: LazyLogits, labels: Any, items: Any, ignore_index: int, shift: bool) -> Tensor:
     call, rule = logits.call, logits.rule
     weight, bias, a, b, scale, _, dtype, _ = call.given
-    if isinstance(items, Tensor):
-        items = items.to(call.x.device).reshape(())
+    if items is not None:
+        items = torch.as_tensor(items, device=call.x.device).reshape(())
     lora = None if a is None or b is None else (a, b, scale)
     loss: Tensor = linear_cross_entropy(
         call.x.to(dtype), weight, labels.to(call.x.device).reshape(call.x.shape[:-1]), bias, lora,

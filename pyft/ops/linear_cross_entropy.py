@@ -22,7 +22,7 @@ from torch import Tensor
 from pyft.backend import backend, implementation, select
 from pyft.errors import UsageError
 from pyft.op import Op
-from pyft.ops.linear_logprobs import dense_head, head_gradients, token_statistics
+from pyft.ops.linear_logprobs import check_labels, dense_head, head_gradients, token_statistics
 from pyft.ops.logits import Statistics, Wanted, Weights, statistics, wide
 from pyft.ops.shared.head import (
     FLAT,
@@ -64,7 +64,7 @@ class Objective(NamedTuple):
     label_smoothing: float
     z_loss: float
     total: int  # labels
-    all_weights: float  # of classes, summed
+    all_weights: Tensor | float  # of classes, summed
 
     @property
     def _even(self) -> float:
@@ -92,9 +92,9 @@ class _Given(NamedTuple):
 
     token_weights: Tensor | None  # [N]
     items: Tensor | None  # what a mean divides by
+    all_weights: Tensor | None  # of classes, summed; None: each is 1
     label_smoothing: float
     z_loss: float
-    all_weights: float
     mean: bool
     metrics: bool
     threshold: float
@@ -102,12 +102,13 @@ class _Given(NamedTuple):
 
     def objective(self, call: Call) -> Objective:
         """For a call's labels."""
-        return Objective(self.label_smoothing, self.z_loss, call.total, self.all_weights)
+        weights = float(call.total) if self.all_weights is None else self.all_weights
+        return Objective(self.label_smoothing, self.z_loss, call.total, weights)
 
 
 _NUMBERS = (
-    "Tensor? token_weights, Tensor? items, float label_smoothing, float z_loss, "
-    "float all_weights, bool mean, bool metrics, float threshold, bool[] wants"
+    "Tensor? token_weights, Tensor? items, Tensor? all_weights, float label_smoothing, "
+    "float z_loss, bool mean, bool metrics, float threshold, bool[] wants"
 )
 
 
@@ -182,12 +183,11 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    call, ctx.given = Call.of(inputs[:FLAT]), _Given(*inputs[FLAT:])
+    given = _Given(*inputs[FLAT:])
     _, metrics, lse, *made = output
-    ctx.dtype = call.hidden.dtype
-    again, ctx.rest = packed(inputs if ctx.given.wants[1] else ())
-    ctx.save_for_backward(metrics, lse, ctx.given.token_weights, *made, *again)
-    ctx.given = ctx.given._replace(token_weights=None, items=None)
+    ctx.dtype, ctx.wants = inputs[0].dtype, Wants(*given.wants)
+    again, ctx.rest = packed(inputs if ctx.wants.weight else ())
+    ctx.save_for_backward(metrics, lse, given.token_weights, *made, *again)
 
 
 def _backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -195,13 +195,14 @@ def _backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | N
     if g is None:
         return (None,) * count
     metrics, lse, token_weights, dh, d_a, d_b, d_bias, kept, *again = ctx.saved_tensors
-    wants, given = Wants(*ctx.given.wants), ctx.given
+    wants = ctx.wants
     shares = (g / metrics[3]).to(lse.dtype).expand_as(lse)
     if token_weights is not None:
         shares = shares * token_weights.to(lse.dtype)
     into: list[Tensor | None] = [None] * count
     if wants.weight:
-        call = Call.of(unpacked(again, ctx.rest)[:FLAT])
+        inputs = unpacked(again, ctx.rest)
+        call, given = Call.of(inputs[:FLAT]), _Given(*inputs[FLAT:])
         own = _of_classes(call, call.labels.clamp(0, call.total - 1))
         weights = given.objective(call).derivatives(lse, own)
         weighed = (None if x is None else x * shares for x in weights)
@@ -209,16 +210,17 @@ def _backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | N
         known = (*call.flat(), lse, None, None, *weighed, only, kept)
         into[4] = head_gradients(*known)[1]
     if wants.hidden:
-        into[0] = _times_rows(dh, shares)
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        into[0] = _times_rows(dh, shares, again or not getattr(ctx, "outputs_are_ours", False))
     for place, wanted, made in zip((6, 7, 8), wants[2:], (d_a, d_b, d_bias), strict=True):
         if wanted:
             into[place] = (made * g).to(ctx.dtype)
     return tuple(into)
 
 
-def _times_rows(x: Tensor, shares: Tensor) -> Tensor:
-    """x [N, D] times shares [N], rounded once."""
-    out = empty_rows(x, *x.shape)
+def _times_rows(x: Tensor, shares: Tensor, again: bool) -> Tensor:
+    """x [N, D] times shares [N], rounded once; in x's memory where that is not needed ``again``."""
+    out = empty_rows(x, *x.shape) if again else x
     for begin in range(0, len(x), _ROWS):
         part = slice(begin, begin + _ROWS)
         out[part] = x[part].to(shares.dtype) * shares[part, None]
@@ -307,17 +309,19 @@ def linear_cross_entropy(
     )  # fmt: skip
     threshold = _threshold(call, gradient_filter, label_smoothing, group, reduction)
     if token_weights is not None:
-        token_weights = token_weights.reshape(-1)
-    all_weights = float(call.total)
+        counts = call.labels != call.ignore_index
+        token_weights = token_weights.reshape(-1).where(counts, 0.0)
+    all_weights = None
     if class_weights is not None and label_smoothing:
-        all_weights = float(class_weights.sum(dtype=torch.float64))
+        all_weights = class_weights.sum(dtype=torch.float64)
     items = num_items_in_batch
-    if items is not None and not isinstance(items, Tensor):
-        items = torch.tensor(float(items), device=call.hidden.device)
+    if items is not None:
+        dtype = wide(call.hidden.dtype)
+        items = torch.as_tensor(items, dtype=dtype, device=call.hidden.device).reshape(())
     leaves = (call.hidden, call.head.weight, call.head.lora_a, call.head.lora_b, call.head.bias)
     wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
     given = _Given(
-        token_weights, items, float(label_smoothing), float(z_loss), all_weights,
+        token_weights, items, all_weights, float(label_smoothing), float(z_loss),
         reduction == "mean", metrics, threshold, wants,
     )  # fmt: skip
     learned = token_weights is not None and token_weights.requires_grad
@@ -365,7 +369,7 @@ def _composed(
 
 
 def _of_reference(call: Call, given: _Given, reduction: str) -> tuple[Tensor, Tensor]:
-    counted(call)  # raises where a label is none
+    check_labels(call)
     weight, bias = dense_head(call, call.hidden)
     reference = implementation("linear_cross_entropy", "reference").linear_cross_entropy
     loss: Tensor = reference(
@@ -399,8 +403,11 @@ def _check_numbers(
             f"{op}: num_items_in_batch is what a mean divides by; leave it out with "
             f"reduction={reduction!r}"
         )
-    if isinstance(items, Tensor) and items.numel() != 1:
-        raise UsageError(f"{op}: num_items_in_batch is {tuple(items.shape)}; pass one number")
+    if isinstance(items, Tensor):
+        if items.numel() != 1:
+            raise UsageError(f"{op}: num_items_in_batch is {tuple(items.shape)}; pass one number")
+    elif items is not None and not 0 < items < float("inf"):
+        raise UsageError(f"{op}: num_items_in_batch is {items}; need a number above 0")
 
 
 def _checked_token_weights(hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyft.backend import backend, implementation, select
-from pyft.op import Op, Primitive
+from pyft.op import Op, Primitive, plain
 from pyft.ops.logits import Statistics, Wanted, Weights, statistics, wide
 from pyft.ops.lora_linear import reference_arguments
 from pyft.ops.shared.head import (
@@ -101,7 +101,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
     lse, mean, teacher_lse, *tensors = ctx.saved_tensors
     arguments = unpacked(tensors, ctx.rest)
-    g_lse, g_target, g_smooth, g_mean, g_cross = given[:5]
+    # what was not asked for is empty, and so may be its gradient
+    g_lse, g_target, g_smooth, g_mean, g_cross = (
+        None if g is None or not g.numel() else g for g in given[:5]
+    )
     zeros = torch.zeros_like(lse)
     weights = (zeros if g_lse is None else g_lse, zeros if g_target is None else g_target)
     kept = lse.new_empty(0, dtype=torch.uint8)
@@ -160,7 +163,8 @@ def token_statistics(
     *sums, _, negentropy = _linear_logprobs(*call.flat(), *wanted)
     found = Statistics(*sums)
     if group is not None:
-        found = merged(found, call.first, group)
+        counts = call.labels != call.ignore_index
+        found = merged(found, call.first, group, counts)
     return found, None if call.teacher_hidden is None else negentropy
 
 
@@ -234,7 +238,7 @@ def linear_logprobs(
 
 
 def _of_reference(call: Call, entropy: bool) -> TokenLogprobs:
-    counted(call)  # raises where a label is none
+    check_labels(call)
     z = None
     if call.teacher_hidden is not None:
         capped = implementation("logits", "reference").capped
@@ -250,6 +254,12 @@ def _of_reference(call: Call, entropy: bool) -> TokenLogprobs:
     return TokenLogprobs(
         logprob, lse, argmax, entropies if entropy else None, None if z is None else kl
     )
+
+
+def check_labels(call: Call) -> None:
+    """Raise where a label is none, if the labels are there to be looked at."""
+    if plain((call.hidden, call.labels)):
+        counted(call)
 
 
 def dense_head(call: Call, hidden: Tensor, teacher: bool = False) -> tuple[Tensor, Tensor | None]:

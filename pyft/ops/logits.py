@@ -128,7 +128,8 @@ def gradient_(
             p = (reference.capped(z, *tile[3:5]) - lse[:, None]).exp()
             filtered.kept[(p >= filtered.threshold).any(0)] = 1
             filtered.kept[tile.labels[(tile.labels >= 0) & (tile.labels < z.shape[1])]] = 1
-        z.copy_(reference.logit_gradient(*tile[:5], teacher, lse, mean, *weights))
+        whole = None if tile.taught is None else tile.taught.lse
+        z.copy_(reference.logit_gradient(*tile[:5], teacher, lse, mean, *weights, whole))
     elif z.numel():
         mean = None if weights.mean is None else mean
         threshold, kept = filtered or (0.0, None)

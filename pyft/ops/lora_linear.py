@@ -152,6 +152,8 @@ def _check(
     for what, tensor in (
         ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias),
     ):  # fmt: skip
+        if tensor is not None and not tensor.is_floating_point():
+            raise UsageError(f"{op}: {what} is {tensor.dtype}; pass a floating tensor")
         if tensor is not None and tensor.device != x.device:
             raise UsageError(
                 f"{op}: {name} is on {x.device} and {what} on {tensor.device}; move one of them"

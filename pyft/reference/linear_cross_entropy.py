@@ -32,11 +32,12 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The loss, fp32 or float64: [] or with "none" [N], of rows hidden [N, D], labels [N]."""
     v, counted = weight.shape[0], labels != ignore_index
+    hidden = hidden.where(counted[:, None], 0.0)
     u = capped(torch.nn.functional.linear(hidden, weight, bias), logit_scale, softcap)
-    u = u.where(counted[:, None], 0.0)
     y = labels.where(counted, 0)
-    w = torch.ones_like(u[0]) if class_weights is None else class_weights.to(u.dtype)
-    t = torch.ones_like(u[:, 0]) if token_weights is None else token_weights.to(u.dtype)
+    w = u.new_ones(v) if class_weights is None else class_weights.to(u.dtype)
+    t = u.new_ones(len(u)) if token_weights is None else token_weights.to(u.dtype)
+    t = t.where(counted, 0.0)
     lse, target = u.logsumexp(1), u.gather(1, y[:, None])[:, 0]
     loss = (1 - label_smoothing) * w[y] * (lse - target) + z_loss * lse.square()
     if label_smoothing:
@@ -44,7 +45,9 @@ def linear_cross_entropy(
     loss = (t * loss).where(counted, 0.0)
     if reduction == "none":
         return loss
-    if reduction == "sum" or not counted.any():
+    if reduction == "sum":
         return loss.sum()
-    items = (t * w[y]).where(counted, 0.0).sum()
-    return loss.sum() / (items if num_items_in_batch is None else num_items_in_batch)
+    items = (t * w[y]).sum()
+    if num_items_in_batch is not None:
+        items = torch.as_tensor(num_items_in_batch, dtype=u.dtype, device=u.device)
+    return loss.sum() / items.where(items != 0, 1.0)

@@ -27,14 +27,15 @@ def linear_logprobs(
     ``teacher`` is a teacher's logits [N, V].
     """
     counted = labels != ignore_index
+    hidden = hidden.where(counted[:, None], 0.0)
     u = capped(torch.nn.functional.linear(hidden, weight, bias), logit_scale, softcap)
-    u = u.where(counted[:, None], 0.0)
     log_p = u.log_softmax(1)
     logprob = log_p.gather(1, labels.where(counted, 0)[:, None])[:, 0]
-    entropy = -(log_p.exp() * log_p).nan_to_num(0.0).sum(1)
+    seen = log_p.where(log_p > -torch.inf, 0.0)  # 0 log 0 is 0, and so is its derivative
+    entropy = -(log_p.exp() * seen).sum(1)
     kl = torch.zeros_like(logprob)
     if teacher is not None:
         log_q = teacher.to(u.dtype).log_softmax(1)
-        kl = (log_q.exp() * (log_q - log_p)).sum(1)
+        kl = (log_q.exp() * (log_q - log_p).where(log_q > -torch.inf, 0.0)).sum(1)
     found = (x.where(counted, 0.0) for x in (logprob, u.logsumexp(1), entropy, kl))
     return *found, u.argmax(1).where(counted, -1)  # type: ignore[return-value]

@@ -70,8 +70,11 @@ def logit_gradient(
     g_smooth: Tensor | None = None,
     g_mean: Tensor | None = None,
     g_cross: Tensor | None = None,
+    teacher_lse: Tensor | None = None,
 ) -> Tensor:
-    """dz [M, V] of z's dtype; every ``g`` [M]."""
+    """dz [M, V] of z's dtype; every ``g`` [M]. lse, mean and ``teacher_lse`` are of whole rows, of
+    which z and the teacher's logits may be some columns.
+    """
     u = capped(z, scale, softcap)
     p = (u - lse[:, None]).exp()
     du = p * g_lse[:, None]
@@ -82,7 +85,8 @@ def logit_gradient(
     if g_smooth is not None:
         du += g_smooth[:, None] * (1.0 if class_weights is None else class_weights)
     if g_cross is not None and teacher is not None:
-        du += g_cross[:, None] * teacher.softmax(1)
+        whole = teacher.logsumexp(1) if teacher_lse is None else teacher_lse
+        du += g_cross[:, None] * (teacher - whole[:, None]).exp()
     slope = 1.0 if softcap is None else 1 - (u / softcap).square()
     return (du * slope * scale).to(z.dtype)
 

@@ -264,10 +264,9 @@ class Sums:
 
     def of_leaves(self) -> tuple[Tensor, Tensor, Tensor]:
         """fp32 sums for lora_a [R, D], lora_b [V, R] and bias [V], or empty."""
-        none = self._beside.new_empty(0)
-        bias = self._beside[:, -1].contiguous() if self.wants.bias else none
-        rank = self.call.head.rank
-        lora_b = self._beside[:, :rank].contiguous() if self.wants.lora_b else none
+        empty, rank = self._beside.new_empty, self.call.head.rank
+        bias = self._beside[:, -1].contiguous() if self.wants.bias else empty(0)
+        lora_b = self._beside[:, :rank].contiguous() if self.wants.lora_b else empty(0)
         return self.lora_a, lora_b, bias
 
     def add(

@@ -1,12 +1,12 @@
 """What the losses over logits are given: checked, and as their ops take it."""
 
-from math import isfinite
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyft.backend import chosen
+from pyft.backend import chosen, select
 from pyft.errors import UsageError
 from pyft.ops.lora_linear import as_projection, entering
 from pyft.ops.shared.head import NO_HEAD, Call, LabelError, tiles_of
@@ -54,9 +54,12 @@ def as_call(
     teacher: Teacher | None = None,
 ) -> Call:
     """The checked arguments."""
+    name = chosen()
+    if not torch.compiler.is_compiling():
+        select(op, hidden.device, name)  # raises where the backend asked for by name cannot run
     _check_labels(op, hidden, labels, shift)
     _check_rule(op, softcap, logit_scale)
-    if budget is not None and not isfinite(budget):
+    if budget is not None and not abs(budget) < inf:
         raise UsageError(f"{op}: budget is {budget}; need a number of MiB")
     if group is not None:
         hidden, lora = entering_shards(hidden, lora, group)
@@ -69,6 +72,8 @@ def as_call(
     rows, taught = as_rows(hidden), NO_HEAD
     teacher_rows = None
     if teacher is not None:
+        if not isinstance(teacher, Teacher):
+            raise UsageError(f"{op}: teacher is {type(teacher).__name__}; pass a pyft.Teacher")
         if group is not None:
             raise UsageError(f"{op}: a teacher does not go with group; pass the whole head")
         _check_rule(f"{op}: teacher", teacher.softcap, teacher.logit_scale)
@@ -77,7 +82,7 @@ def as_call(
     teacher_rule = (1.0, None) if teacher is None else (float(teacher.logit_scale), teacher.softcap)
     call = Call(
         rows, _flat_labels(labels, ignore_index, shift), class_weights, teacher_rows, head, taught,
-        *rule, *teacher_rule, ignore_index, first, total, int((budget or 0) * _MIB), chosen(),
+        *rule, *teacher_rule, ignore_index, first, total, int((budget or 0) * _MIB), name,
     )  # fmt: skip
     row = head.out_features * hidden.element_size() * tiles_of(call)
     if budget is None:
@@ -122,9 +127,9 @@ def _check_labels(op: str, hidden: Tensor, labels: Tensor, shift: bool) -> None:
 
 
 def _check_rule(op: str, softcap: float | None, logit_scale: float) -> None:
-    if softcap is not None and not (isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < inf:
         raise UsageError(f"{op}: softcap is {softcap}; need a number above 0, or None")
-    if not isfinite(logit_scale):
+    if not abs(logit_scale) < inf:
         raise UsageError(f"{op}: logit_scale is {logit_scale}; need a finite number")
 
 
@@ -147,6 +152,8 @@ def _head(
 
 def _taught(op: str, hidden: Tensor, columns: int, teacher: Teacher, cast: bool) -> tuple[Any, Any]:
     h = teacher.hidden.detach()
+    if not h.is_floating_point():
+        raise UsageError(f"{op}: the teacher's hidden is {h.dtype}; pass a floating tensor")
     if h.shape[:-1] != hidden.shape[:-1] or h.device != hidden.device:
         raise UsageError(
             f"{op}: hidden {tuple(hidden.shape)} on {hidden.device} and the teacher's "

@@ -46,16 +46,18 @@ def shard_of(columns: int, device: torch.device, group: Any) -> tuple[int, int]:
     return sum(counts[: dist.get_rank(group)]), sum(counts)
 
 
-def merged(part: Statistics, first: int, group: Any) -> Statistics:
-    """The sums over all columns of those over this rank's."""
+def merged(part: Statistics, first: int, group: Any, counts: Tensor) -> Statistics:
+    """The sums over all columns of those over this rank's; 0, and argmax -1, where a row does not
+    count.
+    """
     rank, rows = dist.get_rank(group), len(part.lse)
-    own = [x if x.numel() else x.new_zeros(rows) for x in part[:6]]
-    places = (part.argmax if part.argmax.numel() else own[0]).to(torch.float64) + first
-    of_all = _gathered(torch.stack([x.detach().double() for x in (*own, places)]), group)
+    own = [x.double() if x.numel() else x.new_zeros(rows, dtype=torch.float64) for x in part[:6]]
+    places = part.argmax.double() + first if part.argmax.numel() else own[5]
+    of_all = _gathered(torch.stack([x.detach() for x in (*own, places)]), group)
 
     def each(i: int) -> Tensor:
         """[ranks, N], this rank's differentiable."""
-        others = of_all[:, i].to(own[i].dtype)
+        others = of_all[:, i]
         return torch.cat((others[:rank], own[i][None], others[rank + 1 :]))
 
     lses, targets, smooths, means, crosses, tops = map(each, range(6))
@@ -63,9 +65,15 @@ def merged(part: Statistics, first: int, group: Any) -> Statistics:
     share = (lses - lse).exp()
     top, best = tops.max(0)
     argmax = of_all[:, 6].long().gather(0, best[None])[0]
-    found = (targets.sum(0), smooths.sum(0), (share * means).sum(0), crosses.sum(0), top, argmax)
-    kept = (x if x_part.numel() else x_part for x, x_part in zip(found, part[1:], strict=True))
-    return Statistics(lse, *kept)
+    sums = (targets.sum(0), smooths.sum(0), (share * means).sum(0), crosses.sum(0), top, argmax)
+    return Statistics(
+        *(
+            x.where(counts, -1 if x.dtype == torch.int64 else 0).to(own_x.dtype)
+            if own_x.numel()
+            else own_x
+            for x, own_x in zip((lse, *sums), part, strict=True)
+        )
+    )
 
 
 def _gathered(x: Tensor, group: Any) -> Tensor:
