@@ -1,5 +1,5 @@
-"""linear_cross_entropy of numbers that are not finite, huge or masked, on any number of threads, and
-with a filter on its gradients.
+"""linear_cross_entropy of numbers that are not finite, huge or masked, on any number of threads,
+and with a filter on its gradients.
 """
 
 from typing import Any

@@ -130,6 +130,21 @@ def refusals(part: tuple[int, int], group: Any) -> dict[str, str]:
         )  # fmt: skip
     except pyft.UsageError as error:
         answers["classes"] = str(error)
+    made = problem({}, *part)
+    head = (made["hidden"], made["weight"])
+    refused: dict[str, Callable[[], Any]] = {
+        "teacher": lambda: pyft.linear_logprobs(
+            *head, made["labels"], teacher=pyft.Teacher(*head), group=group
+        ),
+        "filter": lambda: pyft.linear_cross_entropy(
+            *head, made["labels"], gradient_filter=True, group=group
+        ),
+    }
+    for name, call in refused.items():
+        try:
+            call()
+        except pyft.UsageError as error:
+            answers[name] = str(error)
     return answers
 
 
@@ -200,11 +215,13 @@ def test_labels_that_no_rank_has(ranks: list[dict[Any, Any]], size: int) -> None
     """Every rank refuses, so that none waits for another."""
     for rank in ranks[:size]:
         answers = rank[size, "refusals"]
-        assert set(answers) == {"high", "negative", "classes"}
+        assert set(answers) == {"high", "negative", "classes", "teacher", "filter"}
         assert f"{V}" in answers["high"]
         assert "[2, 4]" in answers["high"] or "(2, 4)" in answers["high"]
         assert "-3" in answers["negative"]
         assert f"{V}" in answers["classes"]
+        assert "teacher" in answers["teacher"]
+        assert "gradient_filter" in answers["filter"]
 
 
 def test_a_group_of_one_is_the_whole(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from pyft.errors import PyftError
 from pyft.finetune import checkpoint, describe
 from pyft.finetune.config import Config
+from pyft.integrations.head_loss import FusedLoss
 from pyft.optim import AdamW8bit, Lion8bit, SGD8bit
 
 SKIPPED_STEPS = 30  # fp16: halvings of the loss scale (from 2^16) before its overflow counts as NaN
@@ -177,6 +178,15 @@ class Loop(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted."""
         return 0
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As ``token_mean_loss``; without logits where ``pyft.apply`` has seen to that."""
+        if not any(isinstance(module, FusedLoss) for module in model.modules()):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one forward pass; PyftError when its loss is not finite."""

@@ -62,6 +62,10 @@ def as_call(
     if budget is not None and not abs(budget) < inf:
         raise UsageError(f"{op}: budget is {budget}; need a number of MiB")
     if group is not None:
+        if not isinstance(group, torch.distributed.ProcessGroup):
+            raise UsageError(
+                f"{op}: group is {type(group).__name__}; pass a torch.distributed ProcessGroup"
+            )
         hidden, lora = entering_shards(hidden, lora, group)
     hidden, cast = entering(hidden)
     head = _head(op, hidden, weight, bias, lora, cast)
@@ -90,9 +94,10 @@ def as_call(
         return call._replace(budget=max(row, min(int(_BUDGET * _MIB), fast)))
     if call.budget < row:
         need = -(-row * 100 // _MIB) / 100
+        also = "" if teacher is None else " and one of the teacher's"
         raise UsageError(
             f"{op}: a budget of {budget:g} MiB does not hold one row of {head.out_features} "
-            f"logits; give at least {need:g}"
+            f"logits{also}; give at least {need:g}"
         )
     return call
 
