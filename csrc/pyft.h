@@ -237,8 +237,8 @@ typedef struct {
   const float* teacher_lse;    // [rows], set when teacher.data is: q_c = exp(u_c - lse) of the teacher's
 } pyft_logits;
 
-// fp32 [rows] and argmax int64 [rows]; all but lse may be NULL. cross needs a teacher. argmax is the first of the
-// largest; where a row holds NaN it is some column, and the others but target are NaN.
+// fp32 [rows] and argmax int64 [rows]; all but lse may be NULL. cross needs a teacher, t its u. argmax is the first of
+// the largest; where a row holds NaN it is some column, and the others but target are NaN.
 typedef struct {
   float *lse, *target, *smooth, *mean, *cross, *top;
   int64_t* argmax;

@@ -2,7 +2,8 @@
 
     u = softcap tanh(scale z / softcap), or scale z          lse = log Σ exp(u_c)
     target = u_y      smooth = Σ w_c u_c      mean = Σ p_c u_c, p_c = exp(u_c - lse)
-    cross = Σ q_c u_c, q the teacher's p      top, argmax: the first of the largest u
+    cross = Σ q_c (u_c - t_c), t and q the teacher's u and p
+    top, argmax: the first of the largest u
 
     dz_c = scale (1 - (u_c / softcap)²) (p_c (g_lse + g_mean (1 + u_c - mean))
                                          + [c = y] g_target + w_c g_smooth + q_c g_cross)
@@ -127,7 +128,7 @@ def statistics_kernel(
         z = load_wide(teacher_ptr + row * stride_tm + start + offs, mask, whole)
         taught, _ = capped(z, teacher_factor, teacher_cap, TEACHER_SOFTCAP)
         q = tl.where(mask, tl.exp(taught - tl.load(teacher_lse_ptr + row)), 0.0)
-        cross = weighted_sum(q, u)
+        cross = weighted_sum(q, u - taught)
     if argmax_ptr is not None:
         first = tl.min(tl.where(u == peak, offs, TILE), axis=0)
     if parts_ptr is None:

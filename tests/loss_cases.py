@@ -77,9 +77,9 @@ def logits(
     return u if softcap is None else softcap * torch.tanh(u / softcap)
 
 
-def shifted(labels: Tensor, ignore_index: int) -> Tensor:
-    last = torch.full_like(labels[..., :1], ignore_index)
-    return torch.cat([labels[..., 1:], last], -1)
+def shifted(of_labels: Tensor, last: float) -> Tensor:
+    """Labels, or what belongs to them, at the tokens that predict them."""
+    return torch.cat([of_labels[..., 1:], torch.full_like(of_labels[..., :1], last)], -1)
 
 
 def written_out(
@@ -95,8 +95,10 @@ def written_out(
 ) -> Tensor:
     """The loss of all the logits, by torch's cross_entropy."""
     labels, weights = given["labels"].long(), given.get("class_weights")
+    of_tokens = given.get("token_weights")
     if shift:
         labels = shifted(labels, ignore_index)
+        of_tokens = None if of_tokens is None else shifted(of_tokens, 0.0)
     u = logits(given, logit_scale, softcap)
     flat, y = u.reshape(-1, u.shape[-1]), labels.reshape(-1)
     keep = y != ignore_index
@@ -107,8 +109,8 @@ def written_out(
     )
     loss = loss + z_loss * kept.logsumexp(1).square()
     t = torch.ones_like(loss)
-    if given.get("token_weights") is not None:
-        t = given["token_weights"].reshape(-1)[keep].to(u.dtype)
+    if of_tokens is not None:
+        t = of_tokens.reshape(-1)[keep].to(u.dtype)
     loss = loss * t
     if reduction == "none":
         return torch.zeros_like(flat[:, 0]).masked_scatter(keep, loss).reshape(labels.shape)

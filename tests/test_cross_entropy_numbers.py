@@ -74,6 +74,7 @@ def test_shifting(lead: tuple[int, ...], reduction: str) -> None:
     assert (found["hidden"][..., -1, :] == 0).all()
     by_hand = {**given, "labels": given["labels"].roll(-1, -1)}
     by_hand["labels"][..., -1] = IGNORED
+    by_hand["token_weights"] = given["token_weights"].roll(-1, -1)
     again = loss_and_gradients(by_hand, reduction=reduction)
     assert all(torch.equal(found[name], again[name]) for name in found)
 

@@ -187,6 +187,7 @@ def test_compiles_for_any_length(case: str, dynamic: bool) -> None:
 @pytest.mark.parametrize("case", ["mean", "none", "all", "adapter, frozen head"])
 def test_autocast(case: str) -> None:
     options, how = CASES[case]
+    options = options | {"n": (4, 33)}  # a mean over few tokens may be divided by next to nothing
 
     def cast() -> Call:
         made = loss_call(inputs(**options), **how)

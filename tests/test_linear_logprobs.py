@@ -358,3 +358,42 @@ def test_autocast() -> None:
         assert torch.equal(one, other)
     found.logprob.sum().backward()
     assert given["weight"].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["logprob", "lse", "entropy", "kl"])
+@pytest.mark.parametrize("strides", ["sum", "expand", "stack"])
+def test_gradients_of_any_strides(name: str, strides: str) -> None:
+    """Where every row counts no copy makes them adjacent: a sum's has stride 0, a stack's 2."""
+    n, v, d = 9, 37, 13
+    hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d)
+    teacher, labels = pyft.Teacher(torch.randn(n, d), torch.randn(v, d)), torch.arange(n)
+    shares = torch.arange(1.0, n + 1)
+    through, plainly = {
+        "sum": (lambda x: x.sum(), torch.ones(n)),
+        "expand": (lambda x: x.expand(3, n).sum(), torch.full((n,), 3.0)),
+        "stack": (lambda x: (torch.stack([x, x.detach()], 1) * shares[:, None]).sum(), shares),
+    }[strides]
+
+    def values() -> Tensor:
+        options = {"entropy": True, "teacher": teacher}
+        found: Tensor = getattr(pyft.linear_logprobs(hidden, weight, labels, **options), name)
+        return found
+
+    (found,) = torch.autograd.grad(through(values()), hidden)
+    (expected,) = torch.autograd.grad(values(), hidden, plainly.clone())
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1.0, 5.0, 10.0])
+def test_kl_of_a_teacher_that_is_near(size: float) -> None:
+    """A difference of sums over logits would lose it; one of log-sum-exps loses their rounding."""
+    n, v, d = 16, 4000, 32
+    hidden, weight = torch.randn(n, d), torch.randn(v, d) * size / d**0.5
+    near = hidden + 0.01 * torch.randn(n, d)
+    labels = torch.zeros(n, dtype=torch.long)
+    found = pyft.linear_logprobs(hidden, weight, labels, teacher=pyft.Teacher(near, weight)).kl
+    p, q = ((x.double() @ weight.double().t()).log_softmax(1) for x in (hidden, near))
+    wide = (q.exp() * (q - p)).sum(1)
+    rounded = torch.finfo(torch.float32).eps * float((hidden @ weight.t()).logsumexp(1).max())
+    assert found is not None
+    assert (found - wide).abs().max() <= rounded

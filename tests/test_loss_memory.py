@@ -145,10 +145,10 @@ def test_a_shift_copies_nothing() -> None:
 @pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_what_is_kept_for_the_backward(reduction: str, rank: int | None) -> None:
-    """With "none" a few numbers a row; else the gradient of hidden and of what is small."""
+    """With "none" a few numbers a row; else the gradients, which a forward in fp32 has made."""
     n, v, d = 64, 999, 32
     given = inputs(n, v, d, rank=rank, bias=True, ignored=0.0)
     found = saved_bytes(loss_call(given, reduction=reduction))
-    small = 4 * (0 if rank is None else rank * (v + d)) + 4 * v
-    assert found <= 32 * n + (0 if reduction == "none" else 4 * n * d + small)
+    parameters = v * d + v + (0 if rank is None else rank * (v + d))
+    assert found <= 32 * n + (0 if reduction == "none" else 4 * (n * d + parameters))
     assert saved_bytes(logprobs_call(given, entropy=True)) <= 40 * n

@@ -93,11 +93,16 @@ const auto* teacher_row(const pyft_logits& logits, int64_t r) {
   return z ? row_of<D>(z, r, logits.teacher.stride) : nullptr;
 }
 
-// q of the teacher, at its logits `z`.
+// The teacher's u at its logits `z`, and q.
+template <class V>
+struct Taught {
+  typename V::Floats u, q;
+};
+
 template <class V, pyft_dtype D, class Lanes>
-typename V::Floats taught(const pyft_logits& logits, Lanes lanes, const typename Dtype<D>::type* z, float lse) {
+Taught<V> taught(const pyft_logits& logits, Lanes lanes, const typename Dtype<D>::type* z, float lse) {
   const auto u = capped_logits<V, false>(logits.teacher, scaled_logits<D, false>(logits.teacher, lanes, z)).u;
-  return exponential<V, PYFT_F32>(u - lse);
+  return {u, exponential<V, PYFT_F32>(u - lse)};
 }
 
 }  // namespace

@@ -58,7 +58,7 @@ void logit_gradient_row(const pyft_logits& logits, const pyft_logit_gradient& gr
         du += logits.class_weights ? lanes.template load<PYFT_F32>(logits.class_weights + c) * g_smooth
                                    : V::splat(g_smooth);
       }
-      if (gradient.g_cross) du += taught<V, D>(logits, lanes, teacher + c, teacher_lse) * g_cross;
+      if (gradient.g_cross) du += taught<V, D>(logits, lanes, teacher + c, teacher_lse).q * g_cross;
     }
     if constexpr (!kPlain) du *= capped.slope * view.scale;
     return du;

@@ -75,7 +75,10 @@ LogitBlock<V, kMore ? 4 : 1> logit_block(const pyft_logits& logits, int64_t r, i
       one.sums[1] = weighted<V>(one.sums[0], u);
       one.sums[2] = weights ? lanes.template load<PYFT_F32>(weights + c) * u : u;
       one.sums[3] = V::splat(0.0f);
-      if (teacher) one.sums[3] = weighted<V>(taught<V, D>(logits, lanes, teacher + c, teacher_lse), u);
+      if (teacher) {
+        const auto other = taught<V, D>(logits, lanes, teacher + c, teacher_lse);
+        one.sums[3] = weighted<V>(other.q, u - other.u);
+      }
     }
     return one;
   };

@@ -81,7 +81,8 @@ def apply(model: nn.Module, recompute_mlp: bool = False) -> ApplyReport:
     ``pyft.lora_mlp``, norms ``pyft.rms_norm`` or ``pyft.layer_norm``, rotary embeddings
     ``pyft.rope``; each where it computes what the module did. Models whose attention is
     transformers' interface get attn_implementation="pyft". Causal models given labels take their
-    loss by ``pyft.linear_cross_entropy``; their outputs' logits are made when somebody reads them.
+    loss by ``pyft.linear_cross_entropy``; their outputs' logits are made when somebody reads them,
+    and the loss has no gradient in them.
 
     Args:
         model: a PEFT model, or any module, with plain, pyft-quantized or bitsandbytes weights.

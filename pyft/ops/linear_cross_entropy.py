@@ -7,8 +7,9 @@
 
 ``pyft.ops.shared.head`` says how the logits are gone over. A loss that is one number has its
 gradient made in the forward, of the logits that are there: dh for each row by itself, which the
-backward multiplies by what the row weighs, and fp32 sums for bias and adapter. Only dW multiplies
-them once more, in the backward. Saved: dh, lse and these sums; of the inputs what dW needs.
+backward multiplies by what the row weighs, and fp32 sums for bias, adapter and an fp32 weight. Only
+the dW of a 16-bit weight multiplies them once more, in the backward, for a sum over chunks would
+take memory of twice its size. Saved: dh, lse and these sums; of the inputs what dW needs.
 
 Otherwise (reduction "none", no gradient, weights of tokens that are learned, a sharded head) it is
 composed of ``linear_logprobs``' sums, whose backward multiplies the logits again and saves lse.
@@ -118,8 +119,8 @@ def _of_classes(call: Call, labels: Tensor) -> Tensor | float:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """loss; correct, entropies, tokens and divisor; lse [N]; dh of each row's loss [N, D], the sums
-    for lora_a, lora_b and bias, and the columns that were kept.
+    """loss; correct, entropies, tokens and divisor; lse [N]; dh of each row's loss [N, D], dW where
+    it is a sum over chunks, the sums for lora_a, lora_b and bias, and the columns that were kept.
     """
     call, given = Call.of(arguments[:FLAT]), _Given(*arguments[FLAT:])
     wants, objective = Wants(*given.wants), given.objective(call)
@@ -146,13 +147,14 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
             if given.metrics:
                 metrics[0] += (found.argmax == chunk.tile.labels).sum()
                 metrics[1] += (found.lse - found.mean).sum()
-            if wants.rows or given.threshold:
+            if wants.rows or sums.sums_weight or given.threshold:
                 derivatives = objective.derivatives(found.lse, own)
                 sums.add(chunk, found.lse, None, derivatives, shares[part])
         metrics[2] = len(losses)
         metrics[3] = divisor
+        losses = losses.where(shares != 0, 0.0)  # what weighs nothing may be infinite
         loss = (losses * shares).sum(dtype=torch.float64).to(dtype)
-    return loss, metrics, lse, sums.hidden, *sums.of_leaves(), sums.kept
+    return loss, metrics, lse, sums.hidden, sums.weight, *sums.of_leaves(), sums.kept
 
 
 def _divisor(given: _Given, shares: Tensor) -> Tensor:
@@ -175,9 +177,15 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
         hidden.new_empty(4, dtype=torch.float64),
         sums.new_empty(n),
         hidden.new_empty((n, d) if wants.hidden else 0),
+        hidden.new_empty((p.out_features, d) if _sums_weight(given, hidden) else 0),
         *(sums.new_empty(s if want else 0) for s, want in zip(shapes, wanted, strict=True)),
         hidden.new_empty(p.out_features if given.threshold else 0, dtype=torch.uint8),
     )
+
+
+def _sums_weight(given: _Given, hidden: Tensor) -> bool:
+    """Whether dW is made in the forward: in fp32 it is a sum over chunks itself."""
+    return given.wants[1] and hidden.dtype == wide(hidden.dtype) and not given.threshold
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -186,22 +194,28 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     given = _Given(*inputs[FLAT:])
     _, metrics, lse, *made = output
     ctx.dtype, ctx.wants = inputs[0].dtype, Wants(*given.wants)
-    again, ctx.rest = packed(inputs if ctx.wants.weight else ())
-    ctx.save_for_backward(metrics, lse, given.token_weights, *made, *again)
+    needed = ctx.wants.weight and not _sums_weight(given, inputs[0])
+    tensors, ctx.rest = packed(inputs if needed else ())
+    ctx.save_for_backward(metrics, lse, given.token_weights, *made, *tensors)
 
 
 def _backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     count = FLAT + len(_Given._fields)
     if g is None:
         return (None,) * count
-    metrics, lse, token_weights, dh, d_a, d_b, d_bias, kept, *again = ctx.saved_tensors
+    metrics, lse, token_weights, dh, dw, d_a, d_b, d_bias, kept, *tensors = ctx.saved_tensors
     wants = ctx.wants
+    # The gradients are written where they were made, unless the graph is kept for another backward.
+    retained = torch._C._autograd._get_current_graph_task_keep_graph()
+    keeps = retained or not getattr(ctx, "outputs_are_ours", False)
     shares = (g / metrics[3]).to(lse.dtype).expand_as(lse)
     if token_weights is not None:
         shares = shares * token_weights.to(lse.dtype)
     into: list[Tensor | None] = [None] * count
-    if wants.weight:
-        inputs = unpacked(again, ctx.rest)
+    if wants.weight and not tensors:
+        into[4] = dw * g if keeps else dw.mul_(g)
+    elif wants.weight:
+        inputs = unpacked(tensors, ctx.rest)
         call, given = Call.of(inputs[:FLAT]), _Given(*inputs[FLAT:])
         own = _of_classes(call, call.labels.clamp(0, call.total - 1))
         weights = given.objective(call).derivatives(lse, own)
@@ -210,17 +224,16 @@ def _backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | N
         known = (*call.flat(), lse, None, None, *weighed, only, kept)
         into[4] = head_gradients(*known)[1]
     if wants.hidden:
-        again = torch._C._autograd._get_current_graph_task_keep_graph()
-        into[0] = _times_rows(dh, shares, again or not getattr(ctx, "outputs_are_ours", False))
+        into[0] = _times_rows(dh, shares, keeps)
     for place, wanted, made in zip((6, 7, 8), wants[2:], (d_a, d_b, d_bias), strict=True):
         if wanted:
             into[place] = (made * g).to(ctx.dtype)
     return tuple(into)
 
 
-def _times_rows(x: Tensor, shares: Tensor, again: bool) -> Tensor:
-    """x [N, D] times shares [N], rounded once; in x's memory where that is not needed ``again``."""
-    out = empty_rows(x, *x.shape) if again else x
+def _times_rows(x: Tensor, shares: Tensor, keeps: bool) -> Tensor:
+    """x [N, D] times shares [N], rounded once; in x's memory unless that ``keeps`` its values."""
+    out = empty_rows(x, *x.shape) if keeps else x
     for begin in range(0, len(x), _ROWS):
         part = slice(begin, begin + _ROWS)
         out[part] = x[part].to(shares.dtype) * shares[part, None]
@@ -233,7 +246,7 @@ _linear_cross_entropy = Op(
     _fake,
     _save,
     _backward,
-    f"({SCHEMA}, {_NUMBERS}) -> ({', '.join(['Tensor'] * 8)})",
+    f"({SCHEMA}, {_NUMBERS}) -> ({', '.join(['Tensor'] * 9)})",
 )
 
 
@@ -274,19 +287,20 @@ def linear_cross_entropy(
         label_smoothing: so much of the target is spread evenly over the labels, 0 to 1.
         z_loss: so much times log-sum-exp squared is added to each token's loss.
         class_weights: floating [V], as torch's cross_entropy weighs classes; no gradient.
-        token_weights: floating [...] of labels' shape: times each token's loss; a mean divides by
-            their sum.
+        token_weights: floating [...] of labels' shape, of each label: times its loss; a mean
+            divides by their sum.
         num_items_in_batch: what a mean divides by instead: the tokens of all micro-batches of one
             step, so that their sum is the loss of the whole.
         shift: each token has the next one's label, along the last dimension of labels.
         gradient_filter: leave out of the gradients what no row of a chunk gives a probability of so
             much; True: a 32nd of the dtype's eps (2^-12 in bf16). Faster where predictions are
-            sure, not exact; hidden and weight only, a plain weight, no label_smoothing.
+            sure, not exact; hidden and a plain weight only, no label_smoothing. The reference
+            leaves nothing out.
         metrics: also return a ``LossMetrics``.
         budget: MiB of logits at once; more means fewer, larger matmuls. None: 64, or on a CPU what
             256 rows take if that is less. A quantized weight is decoded beside it, see
-            ``pyft.limit_scratch``; the gradient of a trained head needs no more, that of its
-            adapter or bias fp32 sums of their size.
+            ``pyft.limit_scratch``. The gradient of a trained 16-bit head copies the rows of hidden
+            that count, where some do not; that of its adapter or bias is summed in fp32.
         group: a torch.distributed process group whose ranks each have some rows of weight, in their
             order; bias and lora_b likewise. labels and class_weights count over all.
 
@@ -307,8 +321,11 @@ def linear_cross_entropy(
         op, hidden, weight, labels, bias, lora, ignore_index, softcap, logit_scale, shift, budget,
         group, class_weights,
     )  # fmt: skip
-    threshold = _threshold(call, gradient_filter, label_smoothing, group, reduction)
+    learned = token_weights is not None and token_weights.requires_grad
+    threshold = _threshold(call, gradient_filter, label_smoothing, group, reduction, learned)
     if token_weights is not None:
+        if shift and token_weights.numel():
+            token_weights = torch.nn.functional.pad(token_weights[..., 1:], (0, 1))
         counts = call.labels != call.ignore_index
         token_weights = token_weights.reshape(-1).where(counts, 0.0)
     all_weights = None
@@ -324,7 +341,6 @@ def linear_cross_entropy(
         token_weights, items, all_weights, float(label_smoothing), float(z_loss),
         reduction == "mean", metrics, threshold, wants,
     )  # fmt: skip
-    learned = token_weights is not None and token_weights.requires_grad
     try:
         if call.name == "reference" and group is None:
             loss, sums = _of_reference(call, given, reduction)
@@ -355,7 +371,7 @@ def _composed(
     shares = counts.to(found.lse.dtype)
     if given.token_weights is not None:
         shares = given.token_weights.to(shares.dtype).where(counts, 0.0)
-    losses = given.objective(call).losses(found, own).where(counts, 0.0) * shares
+    losses = given.objective(call).losses(found, own).where(counts & (shares != 0), 0.0) * shares
     loss = losses
     if reduction != "none":
         loss = losses.sum(dtype=torch.float64) / _divisor(given, shares * own)
@@ -414,6 +430,8 @@ def _checked_token_weights(hidden: Tensor, labels: Tensor, weights: Tensor | Non
     op = "linear_cross_entropy"
     if weights is None:
         return None
+    if not isinstance(weights, Tensor):
+        raise UsageError(f"{op}: token_weights are {type(weights).__name__}; pass a tensor")
     if weights.shape != labels.shape or not weights.is_floating_point():
         raise UsageError(
             f"{op}: token_weights are {weights.dtype} {tuple(weights.shape)}; need floating "
@@ -428,18 +446,29 @@ def _checked_token_weights(hidden: Tensor, labels: Tensor, weights: Tensor | Non
 
 
 def _threshold(
-    call: Call, asked: bool | float, label_smoothing: float, group: Any, reduction: str
+    call: Call,
+    asked: bool | float,
+    label_smoothing: float,
+    group: Any,
+    reduction: str,
+    learned: bool,
 ) -> float:
     """The probability below which a column is left out; 0: none is."""
-    if asked is False:
-        return 0.0
     op = "linear_cross_entropy"
     threshold = torch.finfo(call.hidden.dtype).eps / 32 if asked is True else float(asked)
     if not 0 <= threshold < 1:
         raise UsageError(f"{op}: gradient_filter is {asked}; need a probability below 1, or True")
-    if label_smoothing or group is not None or call.head.weight is None or reduction == "none":
+    if threshold == 0:
+        return 0.0
+    if (
+        learned
+        or label_smoothing
+        or group is not None
+        or call.head.weight is None
+        or reduction == "none"
+    ):
         raise UsageError(
-            f"{op}: gradient_filter does not go with label_smoothing, group, reduction='none' or a "
-            "quantized weight; leave one of them out"
+            f"{op}: gradient_filter does not go with label_smoothing, group, reduction='none', a "
+            "quantized weight or token_weights that are learned; leave one of them out"
         )
     return threshold

@@ -1,9 +1,11 @@
 """Log-probabilities of labels under a linear head, without its logits in memory.
 
     u = softcap tanh(scale (h Wᵀ + bias + s (h Aᵀ) Bᵀ) / softcap)      h [N, D]   W [V, D]
-    logprob = u_y - lse    entropy = lse - Σ p_c u_c    kl = Σ q_c log q_c - (Σ q_c u_c - lse)
+    logprob = u_y - lse    entropy = lse - Σ p_c u_c    kl = lse - lse_t - Σ q_c (u_c - t_c)
 
-    dlse/du = p    du_y/du = [c = y]    dΣ p u/du = p (1 + u - Σ p u)    dΣ q u/du = q
+    dlse/du = p    du_y/du = [c = y]    dΣ p u/du = p (1 + u - Σ p u)    dkl/du = p - q
+
+with t the teacher's u and q = softmax(t).
 
 ``pyft.ops.shared.head`` says how the logits are gone over, ``pyft.ops.logits`` what is taken of
 them. Saved for the backward: the inputs, lse, and Σ p u where entropy was asked for; the logits are
@@ -46,7 +48,8 @@ _LEAVES = (0, 4, 6, 7, 8)  # hidden, weight, lora_a, lora_b, bias among the flat
 class TokenLogprobs(NamedTuple):
     """Of each token, fp32 (float64 of float64), of labels' shape; 0 where the label is ignored.
 
-    argmax is int64 and -1 there; entropy is None unless asked for, kl without a teacher.
+    argmax is int64 and -1 there; entropy is None unless asked for, kl without a teacher. All are
+    differences of log-sum-exps and the like: exact to a few roundings of those.
     """
 
     logprob: Tensor
@@ -57,7 +60,7 @@ class TokenLogprobs(NamedTuple):
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Statistics of each row [N] and, with a teacher, its lse and Σ q log q."""
+    """Statistics of each row [N] and, with a teacher, its lse."""
     call, wanted = Call.of(arguments[:FLAT]), Wanted(*arguments[FLAT:])
     with backend(call.name):
         select("linear_logprobs", call.hidden.device)
@@ -68,8 +71,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
                 whole.fill_(-1 if whole.dtype == torch.int64 else 0)
         for chunk in over_rows(call, rows):
             found: list[Tensor] = [*statistics(chunk.tile, wanted, call.name)]
-            if chunk.teacher is not None:
-                found += [chunk.teacher.lse, chunk.teacher.mean - chunk.teacher.lse]
+            if chunk.tile.taught is not None:
+                found.append(chunk.tile.taught.lse)
             for whole, part in zip(into, found, strict=False):
                 if whole.numel():
                     write_rows(whole, part, rows.places, chunk.begin, chunk.end)
@@ -82,7 +85,7 @@ def _empty(call: Call, wanted: Wanted) -> list[Tensor]:
     sums = [call.hidden.new_empty(size, dtype=dtype) for size in many]
     argmax = call.hidden.new_empty(many[-1], dtype=torch.int64)
     of_teacher = 0 if call.teacher_hidden is None else n
-    return [*sums, argmax, *(sums[0].new_empty(of_teacher) for _ in range(2))]
+    return [*sums, argmax, sums[0].new_empty(of_teacher)]
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -91,8 +94,8 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    lse, _, _, mean, _, top, argmax, teacher_lse, negentropy = output
-    ctx.mark_non_differentiable(top, argmax, teacher_lse, negentropy)
+    lse, _, _, mean, _, top, argmax, teacher_lse = output
+    ctx.mark_non_differentiable(top, argmax, teacher_lse)
     ctx.needs = [inputs[i] is not None and inputs[i].requires_grad for i in _LEAVES]
     tensors, ctx.rest = packed(inputs)
     ctx.save_for_backward(lse, mean, teacher_lse, *tensors)
@@ -150,7 +153,7 @@ _linear_logprobs = Op(
     _fake,
     _save,
     _backward,
-    f"({SCHEMA}, bool smooth, bool mean, bool cross, bool top) -> ({', '.join(['Tensor'] * 9)})",
+    f"({SCHEMA}, bool smooth, bool mean, bool cross, bool top) -> ({', '.join(['Tensor'] * 8)})",
 )
 
 
@@ -158,14 +161,14 @@ def token_statistics(
     call: Call, wanted: Wanted, group: Any = None
 ) -> tuple[Statistics, Tensor | None]:
     """Differentiable sums of each row [N], those of all ranks of a group merged, and with a teacher
-    Σ q log q.
+    its lse.
     """
-    *sums, _, negentropy = _linear_logprobs(*call.flat(), *wanted)
+    *sums, teacher_lse = _linear_logprobs(*call.flat(), *wanted)
     found = Statistics(*sums)
     if group is not None:
         counts = call.labels != call.ignore_index
         found = merged(found, call.first, group, counts)
-    return found, None if call.teacher_hidden is None else negentropy
+    return found, None if call.teacher_hidden is None else teacher_lse
 
 
 def linear_logprobs(
@@ -202,8 +205,8 @@ def linear_logprobs(
         teacher: gives kl, KL(teacher || student) over the whole vocabulary, in nats.
         budget: MiB of logits at once; more means fewer, larger matmuls. None: 64, or on a CPU what
             256 rows take if that is less. A quantized weight is decoded beside it, see
-            ``pyft.limit_scratch``; the gradient of a trained head needs no more, that of its
-            adapter or bias fp32 sums of their size.
+            ``pyft.limit_scratch``. The gradient of a trained 16-bit head copies the rows of hidden
+            that count, where some do not; that of its adapter or bias is summed in fp32.
         group: a torch.distributed process group whose ranks each have some rows of weight, in their
             order; bias and lora_b likewise. labels count over all.
 
@@ -225,10 +228,10 @@ def linear_logprobs(
             found = _of_reference(call, entropy)
         else:
             wanted = Wanted(mean=entropy, cross=teacher is not None, top=True)
-            sums, negentropy = token_statistics(call, wanted, group)
+            sums, teacher_lse = token_statistics(call, wanted, group)
             logprob, kl = sums.target - sums.lse, None
-            if negentropy is not None:
-                kl = negentropy - (sums.cross - sums.lse)
+            if teacher_lse is not None:
+                kl = sums.lse - teacher_lse - sums.cross
             entropies = sums.lse - sums.mean if entropy else None
             found = TokenLogprobs(logprob, sums.lse, sums.argmax, entropies, kl)
     except LabelError as error:

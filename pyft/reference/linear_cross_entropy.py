@@ -42,7 +42,7 @@ def linear_cross_entropy(
     loss = (1 - label_smoothing) * w[y] * (lse - target) + z_loss * lse.square()
     if label_smoothing:
         loss = loss + label_smoothing / v * (w.sum() * lse - u @ w)
-    loss = (t * loss).where(counted, 0.0)
+    loss = t * loss.where(t != 0, 0.0)
     if reduction == "none":
         return loss
     if reduction == "sum":

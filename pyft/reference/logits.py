@@ -4,7 +4,7 @@
     lse = log Σ exp(u_c)      p_c = exp(u_c - lse)         of each row
 
     target = u_y      smooth = Σ w_c u_c      mean = Σ p_c u_c
-    cross = Σ q_c u_c with q = softmax(teacher)
+    cross = Σ q_c (u_c - t_c) with t the teacher's u and q = softmax(t)
 
     dz_c = scale (1 - (u_c / softcap)²) (p_c (g_lse + g_mean (1 + u_c - mean))
                                          + [c = y] g_target + w_c g_smooth + q_c g_cross)
@@ -52,7 +52,9 @@ def logit_statistics(
     target = u.gather(1, labels.where(found, 0)[:, None])[:, 0].where(found, 0.0)
     p = u.softmax(1)
     smooth = u.sum(1) if class_weights is None else u @ class_weights.to(u.dtype)
-    cross = torch.zeros_like(target) if teacher is None else _weighted(teacher.softmax(1), u)
+    cross = torch.zeros_like(target)
+    if teacher is not None:
+        cross = _weighted(teacher.softmax(1), u - teacher)
     return Statistics(u.logsumexp(1), target, smooth, _weighted(p, u), cross, *u.max(1))
 
 

@@ -225,7 +225,7 @@ def _logits(case: Case, request: Request) -> Iterator[Problem]:
     v = case.sizes["V"]
     dtype = random((1,), case, request.device, "dtype").dtype
     m = max(1, min(case.sizes["M"], TILE // (v * dtype.itemsize)))
-    z = random((m, v), case, request.device, "z") * (3.0 if case.format == "peaked" else 1.0)
+    z = random((m, v), case, request.device, "z")
     labels = torch.arange(m, device=request.device) * (v // m)
     references, truths = (_statistics(z.to(t), labels) for t in (dtype, torch.float64))
     ones = torch.ones(m, device=request.device)

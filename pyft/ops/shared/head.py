@@ -20,7 +20,6 @@ from pyft.ops import qlinear
 from pyft.ops.dropout import NO_DROPOUT
 from pyft.ops.logits import (
     Filter,
-    Statistics,
     Taught,
     Tile,
     Wanted,
@@ -43,7 +42,7 @@ from pyft.ops.shared.rows import empty_rows
 from pyft.quantized import columns_of
 
 NO_HEAD = Projection(None, [], None, None, None, "", 0, 0, 0.0)
-_PIECE = 8192  # columns of a tile that are in fp32 at once
+_PIECE = 8192  # columns of a tile that are in fp32 at once, or a quarter of the budget
 
 
 class _Slot(int):
@@ -178,7 +177,7 @@ def tiles_of(call: Call) -> int:
 
 def row_chunk(call: Call, rows: int) -> int:
     """Rows of logits at once."""
-    return chunk_of(rows, call.head.out_features * tiles_of(call), call.budget, call.hidden)
+    return max(1, chunk_of(rows, call.head.out_features * tiles_of(call), call.budget, call.hidden))
 
 
 class Chunk(NamedTuple):
@@ -189,7 +188,6 @@ class Chunk(NamedTuple):
     x: Tensor  # [m, D]
     s: Tensor  # [m, R], the adapter's input
     tile: Tile
-    teacher: Statistics | None
 
 
 def over_rows(call: Call, rows: Counted, teacher_lse: Tensor | None = None) -> Iterator[Chunk]:
@@ -198,32 +196,27 @@ def over_rows(call: Call, rows: Counted, teacher_lse: Tensor | None = None) -> I
     """
     many, v = rows.labels.shape[0], call.head.out_features
     step = row_chunk(call, many)
-    buffers = [_empty_tile(call.hidden, step, v) for _ in range(tiles_of(call) if many else 0)]
+    tiles = tiles_of(call) if many else 0
+    width = -(-v // 16) * 16  # kernels load so many elements at once
+    buffers = [empty_rows(call.hidden, step, width)[:, :v] for _ in range(tiles)]
     rule = (call.teacher_scale, call.teacher_softcap)
-    for begin in range(0, many, max(1, step)):
+    for begin in range(0, many, step):
         end = min(begin + step, many)
         x, labels = rows_of(call.hidden, rows.places, begin, end), rows.labels[begin:end]
         s = inputs_of_adapters(x, [call.head], NO_DROPOUT)
         z = output(x, s, call.head, None, buffers[0][: end - begin])
-        taught = of_teacher = None
+        taught = None
         if call.teacher_hidden is not None:
             h = rows_of(call.teacher_hidden, rows.places, begin, end)
             s_teacher = inputs_of_adapters(h, [call.teacher], NO_DROPOUT)
             z_teacher = output(h, s_teacher, call.teacher, None, buffers[1][: end - begin])
             if teacher_lse is None:
-                tile = Tile(z_teacher, labels, None, *rule)
-                of_teacher = statistics(tile, Wanted(mean=True), call.name)
-                lse = of_teacher.lse
+                lse = statistics(Tile(z_teacher, labels, None, *rule), Wanted(), call.name).lse
             else:
                 lse = rows_of(teacher_lse, rows.places, begin, end)
             taught = Taught(z_teacher, lse, *rule)
         tile = Tile(z, labels, call.class_weights, call.logit_scale, call.softcap, taught)
-        yield Chunk(begin, end, x, s, tile, of_teacher)
-
-
-def _empty_tile(like: Tensor, rows: int, cols: int) -> Tensor:
-    """[rows, cols], each row at a multiple of 16 elements: kernels load so many at once."""
-    return empty_rows(like, rows, -(-cols // 16) * 16)[:, :cols]
+        yield Chunk(begin, end, x, s, tile)
 
 
 class Wants(NamedTuple):
@@ -242,12 +235,21 @@ class Wants(NamedTuple):
 
 
 class Sums:
-    """Gradients made from chunks of rows: dh, and in fp32 those of the adapter and the bias. With
-    ``threshold`` columns of which no row of a chunk has that probability are left out of dh;
+    """Gradients made from chunks of rows: dh, and in fp32 those of the adapter and the bias, and of
+    a weight that is fp32 (float64) itself: its gradient is the sum.
+
+    With ``threshold`` columns of which no row of a chunk has that probability are left out of dh;
     ``kept`` uint8 [V] notes the others.
     """
 
-    def __init__(self, call: Call, rows: Counted, wants: Wants, threshold: float = 0.0) -> None:
+    def __init__(
+        self,
+        call: Call,
+        rows: Counted,
+        wants: Wants,
+        threshold: float = 0.0,
+        filtered: bool = False,
+    ) -> None:
         self.call, self.places, self.wants, self.threshold = call, rows.places, wants, threshold
         hidden, p, (n, d) = call.hidden, call.head, call.hidden.shape
         dtype = wide(hidden.dtype)
@@ -259,8 +261,9 @@ class Sums:
         # one beside the other: a tile is read once for both
         cols = wants.lora_b * p.rank + wants.bias
         self._beside = hidden.new_zeros(p.out_features if cols else 0, cols, dtype=dtype)
-        filtered = p.out_features if threshold else 0
-        self.kept = hidden.new_zeros(filtered, dtype=torch.uint8)
+        self.sums_weight = wants.weight and hidden.dtype == dtype and not (threshold or filtered)
+        self.weight = hidden.new_zeros((p.out_features, d) if self.sums_weight else 0)
+        self.kept = hidden.new_zeros(p.out_features if threshold else 0, dtype=torch.uint8)
 
     def of_leaves(self) -> tuple[Tensor, Tensor, Tensor]:
         """fp32 sums for lora_a [R, D], lora_b [V, R] and bias [V], or empty."""
@@ -289,13 +292,16 @@ class Sums:
         dtype = self._beside.dtype
         if share is None:
             share = dz.new_ones(dz.shape[0], dtype=dtype)
+        if self.sums_weight:
+            self.weight.addmm_(dz.t(), chunk.x * share[:, None])
         if self.wants.lora_a and ds is not None:
             self.lora_a.addmm_((ds.to(dtype) * share[:, None]).t(), chunk.x.to(dtype))
         right = [chunk.s.to(dtype) * (share * p.scale)[:, None]] if self.wants.lora_b else []
         right += [share[:, None]] if self.wants.bias else []
-        for begin in range(0, p.out_features if right else 0, _PIECE):
-            piece = dz[:, begin : begin + _PIECE].to(dtype)
-            self._beside[begin : begin + _PIECE].addmm_(piece.t(), torch.cat(right, 1))
+        step = max(64, min(_PIECE, self.call.budget // (16 * len(dz))))
+        for begin in range(0, p.out_features if right else 0, step):
+            piece = dz[:, begin : begin + step].to(dtype)
+            self._beside[begin : begin + step].addmm_(piece.t(), torch.cat(right, 1))
 
     def _add_hidden(self, chunk: Chunk, ds: Tensor | None, filtered: Filter | None) -> None:
         dz, p, d = chunk.tile.z, self.call.head, self.call.hidden.shape[1]
@@ -332,8 +338,14 @@ class Known(NamedTuple):
     def of(self, rows: Counted, begin: int, end: int) -> "Known":
         """Of some of the rows that count."""
         flat = (self.lse, self.mean, self.teacher_lse, *self.weights)
-        part = [None if x is None else rows_of(x, rows.places, begin, end) for x in flat]
+        # contiguous, for a view's gradient may have any strides
+        part = [
+            None if x is None else rows_of(x, rows.places, begin, end).contiguous() for x in flat
+        ]
         lse, mean, teacher_lse, *weights = part
+        assert lse is not None
+        # nothing but -infinity, as a part of a head may be: exp(-infinity - 0) is its p
+        lse = lse.masked_fill(lse == -torch.inf, 0.0)
         return Known(lse, mean, teacher_lse, Weights(*weights))  # type: ignore[arg-type]
 
 
@@ -342,12 +354,13 @@ def gradients(call: Call, known: Known, wants: Wants, kept: Tensor) -> list[Tens
     [V]: the columns for which the weight gets a gradient; empty: all.
     """
     rows = counted(call)
-    sums = Sums(call, rows, wants)
-    for chunk in over_rows(call, rows, known.teacher_lse) if wants.rows else ():
+    sums = Sums(call, rows, wants, filtered=kept.numel() > 0)
+    by_rows = wants.rows or sums.sums_weight
+    for chunk in over_rows(call, rows, known.teacher_lse) if by_rows else ():
         part = known.of(rows, chunk.begin, chunk.end)
         sums.add(chunk, part.lse, part.mean, part.weights)
-    dw = call.hidden.new_empty(0)
-    if wants.weight:
+    dw = sums.weight
+    if wants.weight and not sums.sums_weight:
         dw = empty_rows(call.hidden, call.head.out_features, call.hidden.shape[1])
         if kept.numel() or not rows.labels.numel():
             dw.zero_()
@@ -364,6 +377,8 @@ def _weight_gradient(call: Call, rows: Counted, known: Known, kept: Tensor, dw: 
     s = inputs_of_adapters(x, [call.head], NO_DROPOUT)
     step = max(1, chunk_of(v, many * tiles, call.budget, x))
     memory = [x.new_empty(many * step) for _ in range(tiles)]
+    h = x if call.teacher_hidden is None else rows_of(call.teacher_hidden, rows.places, 0, many)
+    s_teacher = inputs_of_adapters(h, [call.teacher], NO_DROPOUT)
     pieces: Sequence[Any] = [slice(b, min(b + step, v)) for b in range(0, v, step)]
     if kept.numel():
         pieces = kept.nonzero()[:, 0].split(step)
@@ -373,8 +388,7 @@ def _weight_gradient(call: Call, rows: Counted, known: Known, kept: Tensor, dw: 
         z, *z_teacher = (flat[: shape[0] * shape[1]].view(shape) for flat in memory)
         taught = None
         if call.teacher_hidden is not None and known.teacher_lse is not None:
-            h = rows_of(call.teacher_hidden, rows.places, 0, many)
-            _teacher_columns(h, call.teacher, piece, z_teacher[0])
+            _teacher_columns(h, s_teacher, call.teacher, piece, z_teacher[0])
             rule = (call.teacher_scale, call.teacher_softcap)
             taught = Taught(z_teacher[0], known.teacher_lse, *rule)
         weights = None if call.class_weights is None else call.class_weights[piece].contiguous()
@@ -406,9 +420,8 @@ def _columns(p: Projection, piece: Any) -> Projection:
     return p._replace(weight=weight, lora_b=lora_b, bias=bias, out_features=len(weight))
 
 
-def _teacher_columns(h: Tensor, p: Projection, piece: slice, out: Tensor) -> None:
+def _teacher_columns(h: Tensor, s: Tensor, p: Projection, piece: slice, out: Tensor) -> None:
     """A teacher's logits of some columns."""
-    s = inputs_of_adapters(h, [p], NO_DROPOUT)
     if p.weight is not None:
         output(h, s, _columns(p, piece), None, out)
         return

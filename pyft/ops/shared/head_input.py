@@ -66,6 +66,7 @@ def as_call(
             raise UsageError(
                 f"{op}: group is {type(group).__name__}; pass a torch.distributed ProcessGroup"
             )
+        _check_lora(op, lora)
         hidden, lora = entering_shards(hidden, lora, group)
     hidden, cast = entering(hidden)
     head = _head(op, hidden, weight, bias, lora, cast)
@@ -116,6 +117,9 @@ def located(error: LabelError, op: str, labels: Tensor, shift: bool, total: int)
 
 
 def _check_labels(op: str, hidden: Tensor, labels: Tensor, shift: bool) -> None:
+    for what, given in (("hidden", hidden), ("labels", labels)):
+        if not isinstance(given, Tensor):
+            raise UsageError(f"{op}: {what} is {type(given).__name__}; pass a tensor")
     if hidden.dim() < 1 or labels.shape != hidden.shape[:-1]:
         raise UsageError(
             f"{op}: hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)} do not fit; "
@@ -134,8 +138,15 @@ def _check_labels(op: str, hidden: Tensor, labels: Tensor, shift: bool) -> None:
 def _check_rule(op: str, softcap: float | None, logit_scale: float) -> None:
     if softcap is not None and not 0 < softcap < inf:
         raise UsageError(f"{op}: softcap is {softcap}; need a number above 0, or None")
+    if isinstance(logit_scale, Tensor):
+        raise UsageError(f"{op}: logit_scale is a tensor; pass a number, it gets no gradient")
     if not abs(logit_scale) < inf:
         raise UsageError(f"{op}: logit_scale is {logit_scale}; need a finite number")
+
+
+def _check_lora(op: str, lora: Adapter | None) -> None:
+    if lora is not None and (not isinstance(lora, tuple) or len(lora) != 3):
+        raise UsageError(f"{op}: lora is not (lora_a, lora_b, scale)")
 
 
 def _head(
@@ -146,8 +157,7 @@ def _head(
     lora: Adapter | None,
     cast: bool,
 ) -> Any:
-    if lora is not None and (not isinstance(lora, tuple) or len(lora) != 3):
-        raise UsageError(f"{op}: lora is not (lora_a, lora_b, scale)")
+    _check_lora(op, lora)
     lora_a, lora_b, scale = lora or (None, None, 1.0)
     p = as_projection(op, hidden, weight, bias, lora_a, lora_b, scale, cast, "hidden")
     if p.out_features == 0:
@@ -180,6 +190,8 @@ def _taught(op: str, hidden: Tensor, columns: int, teacher: Teacher, cast: bool)
 
 
 def _class_weights(op: str, hidden: Tensor, weights: Tensor, total: int) -> Tensor:
+    if not isinstance(weights, Tensor):
+        raise UsageError(f"{op}: class_weights are {type(weights).__name__}; pass a tensor")
     if weights.shape != (total,) or not weights.is_floating_point():
         raise UsageError(
             f"{op}: class_weights are {weights.dtype} {tuple(weights.shape)}; need floating "

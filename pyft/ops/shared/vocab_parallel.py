@@ -63,6 +63,7 @@ def merged(part: Statistics, first: int, group: Any, counts: Tensor) -> Statisti
     lses, targets, smooths, means, crosses, tops = map(each, range(6))
     lse = lses.logsumexp(0)
     share = (lses - lse).exp()
+    means = means.where(share > 0, 0.0)  # a part that is masked out has none
     top, best = tops.max(0)
     argmax = of_all[:, 6].long().gather(0, best[None])[0]
     sums = (targets.sum(0), smooths.sum(0), (share * means).sum(0), crosses.sum(0), top, argmax)
