@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyft
 from pyft.ops import linear_cross_entropy, linear_logprobs, logits
-from pyft.ops.shared import head, rows
+from pyft.ops.shared import head, head_gradients, rows
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -57,7 +57,7 @@ def _real_code() -> ExitStack:
     stack.enter_context(patch("pyft.op.plain", lambda arguments: True))
     stack.enter_context(patch.object(rows, "large_empty", _empty))
     stack.enter_context(patch.object(logits, "launcher", lambda *_: kernels))
-    for module in (head, linear_cross_entropy, linear_logprobs):
+    for module in (head_gradients, linear_cross_entropy, linear_logprobs):
         stack.enter_context(patch.object(module, "counted", all_count))
     return stack
 

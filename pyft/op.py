@@ -5,7 +5,7 @@ tracing and selective checkpointing see it whole) and called through a short pat
 watches: the dispatcher costs tens of microseconds a call, a plain ``autograd.Function`` about half.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,34 @@ class Op(Primitive):
                 'pyft.backend("reference")'
             )
         return self.library(*arguments)
+
+
+class _Slot(int):
+    """Where a tensor is among those that were saved."""
+
+
+def packed(arguments: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+    """The tensors among an op's arguments, those in lists too, and the arguments without them."""
+    tensors: list[Tensor] = []
+
+    def without(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            return _Slot(len(tensors) - 1)
+        return [without(part) for part in value] if isinstance(value, list) else value
+
+    return tensors, [without(value) for value in arguments]
+
+
+def unpacked(tensors: Sequence[Tensor], rest: list[Any]) -> list[Any]:
+    """The arguments of ``packed``."""
+
+    def again(value: Any) -> Any:
+        if isinstance(value, list):
+            return [again(part) for part in value]
+        return tensors[value] if isinstance(value, _Slot) else value
+
+    return [again(value) for value in rest]
 
 
 def _transformed() -> bool:

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from pyft.backend import backend, implementation, select
-from pyft.errors import UsageError
-from pyft.op import Op
+from pyft.op import Op, packed, unpacked
 from pyft.ops.linear_logprobs import check_labels, dense_head, head_gradients, token_statistics
 from pyft.ops.logits import Statistics, Wanted, Weights, statistics, wide
 from pyft.ops.shared.head import (
@@ -34,16 +33,18 @@ from pyft.ops.shared.head import (
     Wants,
     counted,
     over_rows,
-    packed,
     rows_of,
-    unpacked,
     write_rows,
 )
 from pyft.ops.shared.head_input import Adapter, as_call, located
+from pyft.ops.shared.loss_input import (
+    check_numbers,
+    checked_token_weights,
+    threshold_of,
+)
 from pyft.ops.shared.rows import empty_rows
 from pyft.quantized import QuantizedTensor
 
-REDUCTIONS = ("mean", "sum", "none")
 _ROWS = 256  # of dh that are in fp32 at once
 
 
@@ -315,14 +316,14 @@ def linear_cross_entropy(
     filter.
     """
     op = "linear_cross_entropy"
-    _check_numbers(reduction, label_smoothing, z_loss, num_items_in_batch)
-    token_weights = _checked_token_weights(hidden, labels, token_weights)
+    check_numbers(reduction, label_smoothing, z_loss, num_items_in_batch)
+    token_weights = checked_token_weights(hidden, labels, token_weights)
     call = as_call(
         op, hidden, weight, labels, bias, lora, ignore_index, softcap, logit_scale, shift, budget,
         group, class_weights,
     )  # fmt: skip
     learned = token_weights is not None and token_weights.requires_grad
-    threshold = _threshold(call, gradient_filter, label_smoothing, group, reduction, learned)
+    threshold = threshold_of(call, gradient_filter, label_smoothing, group, reduction, learned)
     if token_weights is not None:
         if shift and token_weights.numel():
             token_weights = torch.nn.functional.pad(token_weights[..., 1:], (0, 1))
@@ -402,73 +403,3 @@ def _of_reference(call: Call, given: _Given, reduction: str) -> tuple[Tensor, Te
         counts = call.labels != call.ignore_index
         sums = torch.stack([(argmax == call.labels).sum(), entropy.sum(), counts.sum()])
     return loss, sums
-
-
-def _check_numbers(
-    reduction: str, label_smoothing: float, z_loss: float, items: float | Tensor | None
-) -> None:
-    op = "linear_cross_entropy"
-    if reduction not in REDUCTIONS:
-        raise UsageError(f"{op}: reduction {reduction!r} is not one of {', '.join(REDUCTIONS)}")
-    if not 0 <= label_smoothing <= 1:
-        raise UsageError(f"{op}: label_smoothing is {label_smoothing}; need 0 to 1")
-    if not 0 <= z_loss < float("inf"):
-        raise UsageError(f"{op}: z_loss is {z_loss}; need a number of at least 0")
-    if items is not None and reduction != "mean":
-        raise UsageError(
-            f"{op}: num_items_in_batch is what a mean divides by; leave it out with "
-            f"reduction={reduction!r}"
-        )
-    if isinstance(items, Tensor):
-        if items.numel() != 1:
-            raise UsageError(f"{op}: num_items_in_batch is {tuple(items.shape)}; pass one number")
-    elif items is not None and not 0 < items < float("inf"):
-        raise UsageError(f"{op}: num_items_in_batch is {items}; need a number above 0")
-
-
-def _checked_token_weights(hidden: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor | None:
-    op = "linear_cross_entropy"
-    if weights is None:
-        return None
-    if not isinstance(weights, Tensor):
-        raise UsageError(f"{op}: token_weights are {type(weights).__name__}; pass a tensor")
-    if weights.shape != labels.shape or not weights.is_floating_point():
-        raise UsageError(
-            f"{op}: token_weights are {weights.dtype} {tuple(weights.shape)}; need floating "
-            f"{tuple(labels.shape)}"
-        )
-    if weights.device != hidden.device:
-        raise UsageError(
-            f"{op}: hidden is on {hidden.device} and token_weights on {weights.device}; move one "
-            "of them"
-        )
-    return weights
-
-
-def _threshold(
-    call: Call,
-    asked: bool | float,
-    label_smoothing: float,
-    group: Any,
-    reduction: str,
-    learned: bool,
-) -> float:
-    """The probability below which a column is left out; 0: none is."""
-    op = "linear_cross_entropy"
-    threshold = torch.finfo(call.hidden.dtype).eps / 32 if asked is True else float(asked)
-    if not 0 <= threshold < 1:
-        raise UsageError(f"{op}: gradient_filter is {asked}; need a probability below 1, or True")
-    if threshold == 0:
-        return 0.0
-    if (
-        learned
-        or label_smoothing
-        or group is not None
-        or call.head.weight is None
-        or reduction == "none"
-    ):
-        raise UsageError(
-            f"{op}: gradient_filter does not go with label_smoothing, group, reduction='none', a "
-            "quantized weight or token_weights that are learned; leave one of them out"
-        )
-    return threshold

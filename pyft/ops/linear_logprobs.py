@@ -18,24 +18,20 @@ import torch
 from torch import Tensor
 
 from pyft.backend import backend, implementation, select
-from pyft.op import Op, Primitive, plain
+from pyft.op import Op, Primitive, packed, plain, unpacked
 from pyft.ops.logits import Statistics, Wanted, Weights, statistics, wide
 from pyft.ops.lora_linear import reference_arguments
 from pyft.ops.shared.head import (
     FLAT,
     SCHEMA,
     Call,
-    Known,
     LabelError,
     Wants,
     counted,
-    fake_gradients,
-    gradients,
     over_rows,
-    packed,
-    unpacked,
     write_rows,
 )
+from pyft.ops.shared.head_gradients import Known, fake_gradients, gradients
 from pyft.ops.shared.head_input import Adapter, Teacher, as_call, located
 from pyft.ops.shared.vocab_parallel import merged
 from pyft.quantized import QuantizedTensor
