@@ -393,8 +393,19 @@ def test_cross_entropy_under_ddp(
     torch.testing.assert_close(found, model.lm_head.weight.grad)
 
 
-def test_cross_entropy_under_accelerate_s_mixed_precision(made: list[HeadCall]) -> None:
-    accelerator = pytest.importorskip("accelerate").Accelerator(mixed_precision="bf16", cpu=True)
+@pytest.fixture
+def accelerator() -> Iterator[Any]:
+    """One in bf16. Its state is the process's, and other tests have another."""
+    accelerate = pytest.importorskip("accelerate")
+    reset = accelerate.state.AcceleratorState._reset_state
+    reset(reset_partial_state=True)
+    yield accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    reset(reset_partial_state=True)
+
+
+def test_cross_entropy_under_accelerate_s_mixed_precision(
+    accelerator: Any, made: list[HeadCall]
+) -> None:
     model, ids = model_of("Llama"), tokens()
     expected = step(accelerator.prepare(copy.deepcopy(model)), ids)
     fused_loss(model)
