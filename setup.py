@@ -6,6 +6,7 @@ Environment, read at build time only:
     CUDACXX, CUDA_HOME       where to look for nvcc first
     CXX                      the C++ compiler
     PYFT_CXXFLAGS            flags added to every C++ file of pyft._cpu (sanitizers, for example)
+    MAX_JOBS=4               files compiled at once; all cores without it
 """
 
 import os
@@ -13,6 +14,7 @@ import platform
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
@@ -95,10 +97,12 @@ class Build(build_ext):
     """Compiles each file of an extension with its own flags, .cu files with nvcc."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile the sources one by one, then link as setuptools does."""
+        """Compile the sources, as many at once as there are cores, then link as setuptools does."""
         ext.include_dirs.append(pybind11.get_include())
         sources, ext.sources = ext.sources, []
-        ext.extra_objects += [self._compile(source, ext) for source in sources]
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(jobs) as pool:
+            ext.extra_objects += pool.map(lambda source: self._compile(source, ext), sources)
         # What setuptools compares dates with to see whether there is something to link.
         ext.depends = [*ext.depends, *sources, *ext.extra_objects]
         super().build_extension(ext)
