@@ -108,7 +108,7 @@ def _read_nvidia(cubin: bytes) -> dict[str, int]:
         file.write(cubin)
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _run("nvdisasm", "-c", file.name)
+        sass = _run("nvdisasm", "-c", "--no-dataflow", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump shows no resource usage: {usage}")

@@ -58,8 +58,10 @@ def test_decode_is_equal_bit_for_bit(dtype: torch.dtype, format: str, block_size
         absmax=absmax, shape=shape, dtype=dtype, blocksize=block_size, quant_type=format,
         code=code_table(FORMATS[format], CPU),
     )  # fmt: skip
-    theirs = dequantize_4bit(packed[:, None], state)
-    assert torch.equal(bits(q.dequantize()), bits(theirs))
+    ours, theirs = q.dequantize(), dequantize_4bit(packed[:, None], state)
+    if format == "fp4":  # of which one code is -0: its code for CPUs without AVX-512 has 0 there
+        ours, theirs = ours + 0.0, theirs + 0.0
+    assert torch.equal(bits(ours), bits(theirs))
 
 
 @pytest.mark.parametrize("block_size", BLOCKS)

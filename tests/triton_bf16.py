@@ -1,8 +1,12 @@
-"""Makes Triton's interpreter round to bf16 as GPUs and torch do.
+"""Makes Triton's interpreter round to bf16 and sum matrix products as GPUs do.
 
 The interpreter holds bf16 as its 16 bits. As shipped (3.6 to 3.9) it truncates when it casts to
 bf16, misreads subnormals, and does arithmetic on the bits as if they were integers. Kernels cast
 to fp32 before they compute, but for matrix products, so casts and those are what is put right.
+
+Products go to numpy's BLAS, whose order of summation differs from CPU to CPU and between a product
+and its transpose: scores that a backward computes again would not be the forward's. Here as on a
+GPU an element's products are added in the order of K.
 """
 
 from typing import Any
@@ -43,14 +47,17 @@ def install() -> None:
             return cast(self, src, dst_type)
         return shipped_convert(self, src, dst_type, rounding)
 
-    shipped_dot = InterpreterBuilder.create_dot
-
-    def dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
-        wide = [
-            TensorHandle(widen(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+    def dot(
+        self: Any, a: TensorHandle, b: TensorHandle, start: TensorHandle, *rest: Any
+    ) -> TensorHandle:
+        left, right = (
+            (widen(x.data) if x.dtype.scalar == tl.bfloat16 else x.data).astype(np.float64)
             for x in (a, b)
-        ]
-        return shipped_dot(self, *wide, *rest)
+        )
+        total = start.data.astype(np.float32)
+        for k in range(left.shape[-1]):  # a product in fp64 is exact, as in a fused multiply-add
+            total = (left[..., :, k, None] * right[..., k, None, :] + total).astype(np.float32)
+        return TensorHandle(total.astype(start.data.dtype), start.dtype.scalar)
 
     InterpreterBuilder.create_dot = dot
     InterpreterBuilder.cast_impl = cast

@@ -69,6 +69,7 @@ def _inputs(case: Case, request: Request) -> tuple[Tensor, Tensor, Tensor]:
     weight = random((v, d), case, request.device, "weight") * d**-0.5
     generator = torch.Generator(device=request.device).manual_seed(m)
     labels = torch.randint(v, (m,), generator=generator, device=request.device)
+    labels[0] = rows_checked(v)[0]  # a head's gradient is largest where a label is
     if case.format.endswith("peaked"):
         strength = torch.linspace(*LABEL_LOGIT, m, device=request.device)[:, None]
         hidden = (hidden + strength * weight[labels]).to(hidden.dtype)
