@@ -11,6 +11,7 @@ import torch
 from lora_cases import saved_bytes
 from loss_cases import inputs, logprobs_call, loss_call
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import pyft
 from pyft.bench.memory import peak_bytes
@@ -74,6 +75,28 @@ def test_measured_is_traced(budget: float, trained: bool) -> None:
     assert len(gradients) == 1 + trained
     assert -64 * 1024 <= measured - traced <= 512 * 1024, (measured, traced)
     assert measured < 0.6 * n * v * 2  # of the logits alone
+
+
+@pytest.mark.parametrize(("dtype", "rows", "matmuls"), [
+    (torch.bfloat16, 48, 3), (torch.bfloat16, 47, 4), (torch.float16, 48, 4), (torch.float32, 8, 3),
+])  # fmt: skip
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_budget_for_all_rows_saves_a_matmul(
+    dtype: torch.dtype, rows: int, matmuls: int, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a trained head in bf16; "none" multiplies the logits once more in any case."""
+    n, v, d = 48, 640, 32
+    hidden = torch.randn(n, d).to(dtype).requires_grad_()
+    weight = torch.randn(v, d).to(dtype).requires_grad_()
+    labels = torch.randint(v, (n,))
+    budget = rows * v * dtype.itemsize / MIB
+    monkeypatch.setattr("pyft.op.plain", lambda arguments: True)
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **kwargs: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        loss = pyft.linear_cross_entropy(hidden, weight, labels, reduction=reduction, budget=budget)
+        loss.sum().backward()
+    again = reduction == "none"
+    assert counter.get_total_flops() == (matmuls + again) * 2 * n * v * d
 
 
 @pytest.mark.unfilled

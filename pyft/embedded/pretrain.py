@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from pyft.embedded import tokenizer as tokenizers_
 from pyft.embedded.corpus import general_text, read_documents
+from pyft.ops.shared.matmul import has_matmul
 
 MAX_LENGTH = 1024
 CONTEXTS = (
@@ -171,7 +172,7 @@ def pretrain(options: argparse.Namespace) -> dict[str, float]:
     tokens, step, done = 0, 0, 0.0
     while done < 1:
         rows = next(streams[next(size for share, size in CONTEXTS if done < share)])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_matmul(torch.bfloat16)):
             loss = model(input_ids=rows, labels=rows, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

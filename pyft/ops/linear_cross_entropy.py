@@ -7,9 +7,10 @@
 
 ``pyft.ops.shared.head`` says how the logits are gone over. A loss that is one number has its
 gradient made in the forward, of the logits that are there: dh for each row by itself, which the
-backward multiplies by what the row weighs, and fp32 sums for bias, adapter and an fp32 weight. Only
-the dW of a 16-bit weight multiplies them once more, in the backward, for a sum over chunks would
-take memory of twice its size. Saved: dh, lse and these sums; of the inputs what dW needs.
+backward multiplies by what the row weighs, fp32 sums for bias and adapter, and dW where it is fp32
+or the budget holds all rows at once. The dW of other 16-bit weights multiplies the logits once
+more, in the backward, for a sum over chunks would take memory of twice its size. Saved: dh, lse and
+these sums; of the inputs what dW needs.
 
 Otherwise (reduction "none", no gradient, weights of tokens that are learned, a sharded head) it is
 composed of ``linear_logprobs``' sums, whose backward multiplies the logits again and saves lse.
@@ -32,6 +33,7 @@ from pyft.ops.shared.head import (
     Sums,
     Wants,
     counted,
+    dw_by_rows,
     over_rows,
     rows_of,
     write_rows,
@@ -121,7 +123,7 @@ def _of_classes(call: Call, labels: Tensor) -> Tensor | float:
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     """loss; correct, entropies, tokens and divisor; lse [N]; dh of each row's loss [N, D], dW where
-    it is a sum over chunks, the sums for lora_a, lora_b and bias, and the columns that were kept.
+    it is made here, the sums for lora_a, lora_b and bias, and the columns that were kept.
     """
     call, given = Call.of(arguments[:FLAT]), _Given(*arguments[FLAT:])
     wants, objective = Wants(*given.wants), given.objective(call)
@@ -148,7 +150,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
             if given.metrics:
                 metrics[0] += (found.argmax == chunk.tile.labels).sum()
                 metrics[1] += (found.lse - found.mean).sum()
-            if wants.rows or sums.sums_weight or given.threshold:
+            if wants.rows or sums.by_rows or given.threshold:
                 derivatives = objective.derivatives(found.lse, own)
                 sums.add(chunk, found.lse, None, derivatives, shares[part])
         metrics[2] = len(losses)
@@ -178,24 +180,24 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
         hidden.new_empty(4, dtype=torch.float64),
         sums.new_empty(n),
         hidden.new_empty((n, d) if wants.hidden else 0),
-        hidden.new_empty((p.out_features, d) if _sums_weight(given, hidden) else 0),
+        hidden.new_empty((p.out_features, d) if _dw_by_rows(call, given) else 0),
         *(sums.new_empty(s if want else 0) for s, want in zip(shapes, wanted, strict=True)),
         hidden.new_empty(p.out_features if given.threshold else 0, dtype=torch.uint8),
     )
 
 
-def _sums_weight(given: _Given, hidden: Tensor) -> bool:
-    """Whether dW is made in the forward: in fp32 it is a sum over chunks itself."""
-    return given.wants[1] and hidden.dtype == wide(hidden.dtype) and not given.threshold
+def _dw_by_rows(call: Call, given: _Given) -> bool:
+    """Whether dW is made in the forward."""
+    return dw_by_rows(call, Wants(*given.wants), given.threshold > 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    given = _Given(*inputs[FLAT:])
+    call, given = Call.of(inputs[:FLAT]), _Given(*inputs[FLAT:])
     _, metrics, lse, *made = output
     ctx.dtype, ctx.wants = inputs[0].dtype, Wants(*given.wants)
-    needed = ctx.wants.weight and not _sums_weight(given, inputs[0])
+    needed = ctx.wants.weight and not _dw_by_rows(call, given)
     tensors, ctx.rest = packed(inputs if needed else ())
     ctx.save_for_backward(metrics, lse, given.token_weights, *made, *tensors)
 
@@ -298,8 +300,9 @@ def linear_cross_entropy(
             sure, not exact; hidden and a plain weight only, no label_smoothing. The reference
             leaves nothing out.
         metrics: also return a ``LossMetrics``.
-        budget: MiB of logits at once; more means fewer, larger matmuls. None: 64, or on a CPU what
-            256 rows take if that is less. A quantized weight is decoded beside it, see
+        budget: MiB of logits at once; more means fewer, larger matmuls, and one less for a trained
+            bf16 head once it holds all rows. None: 64, or on a CPU what 256 rows take if that is
+            less and the head is frozen. A quantized weight is decoded beside it, see
             ``pyft.limit_scratch``. The gradient of a trained 16-bit head copies the rows of hidden
             that count, where some do not; that of its adapter or bias is summed in fp32.
         group: a torch.distributed process group whose ranks each have some rows of weight, in their

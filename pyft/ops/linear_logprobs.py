@@ -199,8 +199,9 @@ def linear_logprobs(
         shift: each token has the next one's label, along the last dimension of labels.
         entropy: also give the entropy of each token's distribution, in nats.
         teacher: gives kl, KL(teacher || student) over the whole vocabulary, in nats.
-        budget: MiB of logits at once; more means fewer, larger matmuls. None: 64, or on a CPU what
-            256 rows take if that is less. A quantized weight is decoded beside it, see
+        budget: MiB of logits at once; more means fewer, larger matmuls, and one less for a trained
+            bf16 head once it holds all rows. None: 64, or on a CPU what 256 rows take if that is
+            less and the head is frozen. A quantized weight is decoded beside it, see
             ``pyft.limit_scratch``. The gradient of a trained 16-bit head copies the rows of hidden
             that count, where some do not; that of its adapter or bias is summed in fp32.
         group: a torch.distributed process group whose ranks each have some rows of weight, in their

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyft.backend import device_guard, implementation, prefers_triton
 from pyft.ops.dropout import NO_DROPOUT, Dropout
+from pyft.ops.shared.matmul import mm
 
 # Where ``auto`` takes the Triton matmul: device type -> dtypes. None was measured on a GPU yet.
 EPILOGUE: dict[str, tuple[torch.dtype, ...]] = {}
@@ -41,9 +42,9 @@ class LowRank:
     def add_to(self, out: Tensor) -> None:
         """out += scale drop(S B)."""
         if self.drop.seed is None:
-            out.addmm_(self.s, self.b, alpha=self.scale)
+            mm(self.s, self.b, out, scale=self.scale, accumulate=True)
         else:
-            out.add_(self.drop(torch.mm(self.s, self.b)), alpha=self.scale)
+            out.add_(self.drop(mm(self.s, self.b)), alpha=self.scale)
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,6 @@ def product(
             kernels = implementation("lora_matmul", "triton")
             kernels.lora_matmul(x, w, low.s, low.b, low.scale, bias, out, *low.drop.as_numbers())
         return
-    if accumulate:
-        out.addmm_(x, w)
-        if bias is not None:
-            out.add_(bias)
-    elif bias is None:
-        torch.mm(x, w, out=out)
-    else:
-        torch.addmm(bias, x, w, out=out)
+    mm(x, w, out, bias, accumulate=accumulate)
     if low is not None:
         low.add_to(out)

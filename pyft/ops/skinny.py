@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyft.backend import device_guard, implementation, prefers_triton
 from pyft.ops.dropout import Dropout
+from pyft.ops.shared.matmul import mm
 
 # Where ``auto`` takes the kernel although nothing is dropped: device type -> dtypes. None was
 # measured on a GPU yet.
@@ -22,7 +23,7 @@ def project(x: Tensor, a: Tensor, scale: float, drop: Dropout, out: Tensor | Non
     if out is None:
         out = x.new_empty(x.shape[0], a.shape[0])
     if not _kernel("project", x, a, scale, drop, out):
-        _product(drop(x), a.t(), scale, out)
+        mm(drop(x), a.t(), out, scale=scale)
     return out
 
 
@@ -32,16 +33,8 @@ def reduce(s: Tensor, x: Tensor, scale: float, drop: Dropout, transposed: bool =
     out = x.new_empty((k, r) if transposed else (r, k))
     if not _kernel("reduce", s, x, scale, drop, out.t() if transposed else out):
         left, right = (drop(x).t(), s) if transposed else (s.t(), drop(x))
-        _product(left, right, scale, out)
+        mm(left, right, out, scale=scale)
     return out
-
-
-def _product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:
-    """out = scale left right, by one call."""
-    if scale == 1.0:
-        torch.mm(left, right, out=out)
-    else:
-        torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
 
 
 def _kernel(

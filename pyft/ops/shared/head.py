@@ -5,8 +5,9 @@
 Rows whose label is ``ignore_index`` are dropped first. The others are taken in chunks of as many as
 the budget holds logits of; a chunk's logits become their own gradient where they lie, and dh of the
 chunk is one matmul of all V columns, so that no sum is split. What the head may learn (bias,
-adapter, an fp32 weight) is summed over chunks in fp32. A 16-bit dW needs all rows at once: there
-the chunks are of columns, and the logits are multiplied once more.
+adapter, an fp32 weight) is summed over chunks in fp32. A 16-bit dW needs all rows at once: where
+the budget holds them it is one matmul more; where not the chunks are of columns, and the logits are
+multiplied once more.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from pyft.ops.logits import (
     wide,
 )
 from pyft.ops.lora_matmul import LowRank
+from pyft.ops.shared.matmul import mm
 from pyft.ops.shared.projection import (
     FIELDS,
     Projection,
@@ -204,9 +206,21 @@ class Wants(NamedTuple):
         return self.hidden or self.lora_a or self.lora_b or self.bias
 
 
+def dw_by_rows(call: Call, wants: Wants, filtered: bool) -> bool:
+    """Whether dW is made from chunks of rows: in fp32 (float64) it is their sum itself, and of bf16
+    there is no sum where one chunk has them all. fp16 has not the range for what rows weigh.
+    """
+    if filtered or not wants.weight:
+        return False
+    hidden, v = call.hidden, call.head.out_features
+    if hidden.dtype == torch.bfloat16:
+        return len(hidden) * v * tiles_of(call) * hidden.element_size() <= call.budget
+    return hidden.dtype == wide(hidden.dtype)
+
+
 class Sums:
-    """Gradients made from chunks of rows: dh, and in fp32 those of the adapter and the bias, and of
-    a weight that is fp32 (float64) itself: its gradient is the sum.
+    """Gradients made from chunks of rows: dh, in fp32 those of the adapter and the bias, and dW
+    where ``dw_by_rows``.
 
     With ``threshold`` columns of which no row of a chunk has that probability are left out of dh;
     ``kept`` uint8 [V] notes the others.
@@ -231,8 +245,8 @@ class Sums:
         # one beside the other: a tile is read once for both
         cols = wants.lora_b * p.rank + wants.bias
         self._beside = hidden.new_zeros(p.out_features if cols else 0, cols, dtype=dtype)
-        self.sums_weight = wants.weight and hidden.dtype == dtype and not (threshold or filtered)
-        self.weight = hidden.new_zeros((p.out_features, d) if self.sums_weight else 0)
+        self.by_rows = dw_by_rows(call, wants, filtered or threshold > 0)
+        self.weight = hidden.new_zeros((p.out_features, d) if self.by_rows else 0)
         self.kept = hidden.new_zeros(p.out_features if threshold else 0, dtype=torch.uint8)
 
     def of_leaves(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,10 +274,11 @@ class Sums:
         if self.wants.hidden:
             self._add_hidden(chunk, ds, filtered)
         dtype = self._beside.dtype
+        if self.by_rows:
+            x = chunk.x if share is None else (chunk.x * share[:, None]).to(dz.dtype)
+            mm(dz.t(), x, self.weight, accumulate=True)
         if share is None:
             share = dz.new_ones(dz.shape[0], dtype=dtype)
-        if self.sums_weight:
-            self.weight.addmm_(dz.t(), chunk.x * share[:, None])
         if self.wants.lora_a and ds is not None:
             self.lora_a.addmm_((ds.to(dtype) * share[:, None]).t(), chunk.x.to(dtype))
         right = [chunk.s.to(dtype) * (share * p.scale)[:, None]] if self.wants.lora_b else []
@@ -293,5 +308,5 @@ def _of_columns(dz: Tensor, weight: Tensor, columns: Tensor, budget: int) -> Ten
     total = dz.new_zeros(dz.shape[0], weight.shape[1], dtype=wide(dz.dtype))
     step = max(1, chunk_of(len(columns), sum(total.shape), budget, dz))
     for piece in columns.split(step):
-        total += torch.mm(dz.index_select(1, piece), weight.index_select(0, piece))
+        total += mm(dz.index_select(1, piece), weight.index_select(0, piece))
     return total.to(dz.dtype)

@@ -1,5 +1,5 @@
-"""Gradients of a head whose logits are multiplied again: of chunks of rows, and for the dW of a
-16-bit weight of columns.
+"""Gradients of a head whose logits are multiplied again: of chunks of rows, and for a 16-bit dW
+whose rows the budget does not hold at once, of columns.
 
     dW of some columns = dzᵀ h of all the rows that count, in one matmul
 """
@@ -25,6 +25,7 @@ from pyft.ops.shared.head import (
     rows_of,
     tiles_of,
 )
+from pyft.ops.shared.matmul import mm
 from pyft.ops.shared.projection import Projection, inputs_of_adapters, output
 from pyft.ops.shared.rows import empty_rows
 from pyft.quantized import columns_of
@@ -58,12 +59,12 @@ def gradients(call: Call, known: Known, wants: Wants, kept: Tensor) -> list[Tens
     """
     rows = counted(call)
     sums = Sums(call, rows, wants, filtered=kept.numel() > 0)
-    by_rows = wants.rows or sums.sums_weight
+    by_rows = wants.rows or sums.by_rows
     for chunk in over_rows(call, rows, known.teacher_lse) if by_rows else ():
         part = known.of(rows, chunk.begin, chunk.end)
         sums.add(chunk, part.lse, part.mean, part.weights)
     dw = sums.weight
-    if wants.weight and not sums.sums_weight:
+    if wants.weight and not sums.by_rows:
         dw = empty_rows(call.hidden, call.head.out_features, call.hidden.shape[1])
         if kept.numel() or not rows.labels.numel():
             dw.zero_()
@@ -101,9 +102,9 @@ def _weight_gradient(call: Call, rows: Counted, known: Known, kept: Tensor, dw: 
         )
         gradient_(tile, known.lse, known.mean, known.weights, call.name)
         if isinstance(piece, slice):
-            torch.mm(z.t(), x, out=dw[piece])
+            mm(z.t(), x, dw[piece])
         else:
-            dw[piece] = torch.mm(z.t(), x)
+            dw[piece] = mm(z.t(), x)
 
 
 def _among(labels: Tensor, piece: Any) -> Tensor:

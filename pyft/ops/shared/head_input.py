@@ -18,7 +18,8 @@ Adapter = tuple[Tensor, Tensor, float]  # lora_a [R, D], lora_b [V, R] and their
 _MIB = 1 << 20
 _BUDGET = 64.0  # MiB
 # Rows of logits that matmuls are fast with already (benchmarks/loss_rows.py on an AMD EPYC with
-# AVX-512): more only takes more memory. A GPU gets what the budget holds.
+# AVX-512): more only takes more memory, where no gradient of the head is a matmul over all of them.
+# A GPU gets what the budget holds.
 _ROWS = {"cpu": 256}
 
 
@@ -91,7 +92,9 @@ def as_call(
     )  # fmt: skip
     row = head.out_features * hidden.element_size() * tiles_of(call)
     if budget is None:
-        fast = _ROWS.get(hidden.device.type, rows.shape[0]) * row
+        learns = torch.is_grad_enabled() and head.weight is not None and head.weight.requires_grad
+        few = None if learns else _ROWS.get(hidden.device.type)
+        fast = (rows.shape[0] if few is None else few) * row
         return call._replace(budget=max(row, min(int(_BUDGET * _MIB), fast)))
     if call.budget < row:
         need = -(-row * 100 // _MIB) / 100

@@ -22,6 +22,7 @@ from pyft.backend import chosen
 from pyft.ops import qlinear, skinny
 from pyft.ops.dropout import NO_DROPOUT, Dropout
 from pyft.ops.lora_matmul import LowRank, Wide, product
+from pyft.ops.shared.matmul import mm
 from pyft.ops.shared.rows import empty_rows
 
 
@@ -182,7 +183,7 @@ def leaf_gradients(
     found, slot = [], 0
     for i, (dy, p, need) in enumerate(zip(dys, projections, needs, strict=True)):
         if need.weight and x is not None:
-            found.append(torch.mm(dy.t(), x))
+            found.append(mm(dy.t(), x))
         if need.lora_a:
             found.append(da_all[i] if len(projections) == 1 else da_all[i].clone())
         if need.lora_b:
