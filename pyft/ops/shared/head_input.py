@@ -17,9 +17,9 @@ from pyft.quantized import QuantizedTensor
 Adapter = tuple[Tensor, Tensor, float]  # lora_a [R, D], lora_b [V, R] and their scale
 _MIB = 1 << 20
 _BUDGET = 64.0  # MiB
-# Rows of logits that matmuls are fast with already (benchmarks/loss_rows.py on an AMD EPYC with
-# AVX-512): more only takes more memory, where no gradient of the head is a matmul over all of them.
-# A GPU gets what the budget holds.
+# Rows of logits that matmuls are fast with already: 1.07 of the time that all 1024 take
+# (benchmarks/results/cpu-amd-epyc-avx2/loss-rows.json), and more take more memory, where no
+# gradient of the head is a matmul over all of them. A GPU gets what the budget holds.
 _ROWS = {"cpu": 256}
 
 
