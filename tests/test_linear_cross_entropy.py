@@ -157,6 +157,7 @@ BEHAVED = {
     "none": lambda: call("all, none"),
     "all": lambda: call("all"),
     "frozen": lambda: call("frozen"),
+    "bf16": lambda: loss_call(inputs(6, 40, 64, torch.bfloat16, bias=True, token_weights=True)),
     "quantized": lambda: loss_call(
         inputs(6, 40, 64, kind="nf4", rank=3, bias=True, token_weights=True), num_items_in_batch=11
     ),
@@ -175,13 +176,14 @@ def test_behaviour(name: str, behaviour: Any) -> None:
 def test_compiles_for_any_length(case: str, dynamic: bool) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for n in (9, 14, 3):
-        options, how = CASES[case]
-        given = inputs(**{**options, "n": (2, n)})
-        plain = loss_call(given, **how)
-        expected = plain.run()
-        plain.op = lambda i, how=how: [compiled(i, **how)]
-        check_near(plain.run(), expected)
+    with torch._dynamo.config.patch(error_on_recompile=dynamic):
+        for n in (9, 14, 3):
+            options, how = CASES[case]
+            given = inputs(**{**options, "n": (2, n)})
+            plain = loss_call(given, **how)
+            expected = plain.run()
+            plain.op = lambda i, how=how: [compiled(i, **how)]
+            check_near(plain.run(), expected)
 
 
 @pytest.mark.parametrize("case", ["mean", "none", "all", "adapter, frozen head"])

@@ -324,14 +324,15 @@ def test_shapes_and_options(data: st.DataObject) -> None:
 
 def test_compiles_for_any_length() -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(logprobs_of, backend="aot_eager", fullgraph=True)
-    for n in (9, 14, 3):
-        plain = logprobs_call(inputs(n, bias=True, rank=2), entropy=True)
-        expected = plain.run()
-        plain.op = lambda i: [
-            getattr(compiled(i, entropy=True), p) for p in ("logprob", "lse", "entropy")
-        ]
-        check_near(plain.run(), expected)
+    compiled = torch.compile(logprobs_of, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (9, 14, 3):
+            plain = logprobs_call(inputs(n, bias=True, rank=2), entropy=True)
+            expected = plain.run()
+            plain.op = lambda i: [
+                getattr(compiled(i, entropy=True), p) for p in ("logprob", "lse", "entropy")
+            ]
+            check_near(plain.run(), expected)
 
 
 def test_refused_by_torch_func() -> None:

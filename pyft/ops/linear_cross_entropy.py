@@ -236,6 +236,8 @@ def _backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | N
 
 def _times_rows(x: Tensor, shares: Tensor, keeps: bool) -> Tensor:
     """x [N, D] times shares [N], rounded once; in x's memory unless that ``keeps`` its values."""
+    if torch.compiler.is_compiling() or isinstance(x.shape[0], torch.SymInt):
+        return (x.to(shares.dtype) * shares[:, None]).to(x.dtype)  # fused, for any number of rows
     out = empty_rows(x, *x.shape) if keeps else x
     for begin in range(0, len(x), _ROWS):
         part = slice(begin, begin + _ROWS)

@@ -214,7 +214,7 @@ def dw_by_rows(call: Call, wants: Wants, filtered: bool) -> bool:
         return False
     hidden, v = call.hidden, call.head.out_features
     if hidden.dtype == torch.bfloat16:
-        return len(hidden) * v * tiles_of(call) * hidden.element_size() <= call.budget
+        return hidden.shape[0] * v * tiles_of(call) * hidden.element_size() <= call.budget
     return hidden.dtype == wide(hidden.dtype)
 
 

@@ -94,8 +94,8 @@ def as_call(
     if budget is None:
         learns = torch.is_grad_enabled() and head.weight is not None and head.weight.requires_grad
         few = None if learns else _ROWS.get(hidden.device.type)
-        fast = (rows.shape[0] if few is None else few) * row
-        return call._replace(budget=max(row, min(int(_BUDGET * _MIB), fast)))
+        most = int(_BUDGET * _MIB)  # whatever the length: under torch.compile it may be any
+        return call._replace(budget=max(row, most if few is None else min(most, few * row)))
     if call.budget < row:
         need = -(-row * 100 // _MIB) / 100
         also = "" if teacher is None else " and one of the teacher's"
