@@ -11,8 +11,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-BLOCK = 512
+BLOCK = 256
 # Products of fewer numbers are done in the loops before a block is widened.
 FEW = 2**18
 
@@ -54,21 +55,20 @@ def mm(
 
 
 def _is_slow(a: Tensor, b: Tensor) -> bool:
-    if not a.is_cpu or has_matmul(a.dtype):
-        return False
-    real = all(type(x) in (Tensor, torch.nn.Parameter) for x in (a, b))
-    return real and a.numel() * b.shape[1] >= FEW
+    return a.is_cpu and not has_matmul(a.dtype) and a.numel() * b.shape[1] >= FEW
 
 
 def _widened(
     a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, scale: float, accumulate: bool
 ) -> None:
     (m, k), n = a.shape, b.shape[1]
+    if isinstance(a, FakeTensor):  # a traced peak sees a block of each
+        m, k, n = min(m, BLOCK), min(k, BLOCK), min(n, BLOCK)
     for row in range(0, m, BLOCK):
         for column in range(0, n, BLOCK):
             rows, columns = slice(row, row + BLOCK), slice(column, column + BLOCK)
             into = out[rows, columns]
-            total = torch.zeros(into.shape, dtype=torch.float32)
+            total = into.new_zeros(into.shape, dtype=torch.float32)
             for begin in range(0, k, BLOCK):
                 inner = slice(begin, begin + BLOCK)
                 total.addmm_(a[rows, inner].float(), b[inner, columns].float())
