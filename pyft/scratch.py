@@ -96,7 +96,8 @@ class _Buffer:
             if held and tail in (0, self.tail):
                 view = self._view((rows, cols + self.tail), dtype, parts[0].device)
             else:
-                self.holds = None
+                # The former owner may die while this is written, and would take the memory along.
+                self.owner = self.holds = None
                 self.tail = tail
                 view = self._view((rows, cols + tail), dtype, parts[0].device)
                 decode(view[:, :cols])

@@ -8,6 +8,7 @@ from shapes import LINEAR_DTYPES
 from torch import Tensor
 
 import pyft
+from pyft import scratch
 from pyft.ops import qlinear
 from pyft.quantized import QuantizedTensor
 
@@ -136,3 +137,20 @@ def test_saved_tensors_elsewhere() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
         y = F.linear(x, q).square().sum()
     assert torch.equal(torch.autograd.grad(y, x)[0], expected)
+
+
+def test_a_former_weight_that_dies_while_another_is_decoded() -> None:
+    """As the garbage collector may let it: it does not take the memory of the other along."""
+    former, present = [torch.zeros(8)], [torch.ones(8)]
+    coding, dtype = ("nf4", 64, (0, 4, 0, 4)), torch.float32
+
+    def decode(out: Tensor) -> None:
+        former.clear()
+        out.fill_(7.0)
+
+    with scratch.decoded([former[0]], coding, dtype, lambda out: None):
+        pass
+    for _ in range(2):
+        with scratch.decoded(present, coding, dtype, decode) as view:
+            assert not former
+            assert torch.equal(view, torch.full((4, 4), 7.0))
